@@ -1,0 +1,225 @@
+"""Compare a learned optimizer with tuned hand-designed ones: `python evaluate.py [theta.npz]`.
+
+The tasks are held out (letters, and on the test split fonts, that meta-training never saw). Every optimizer starts from
+the same parameters and sees the same batches. Every baseline has its learning rate tuned per task, with hindsight, anew
+for each figure: for each task and figure the best of ten rates counts. The learned optimizer runs once, untuned.
+"""
+import argparse
+import functools
+import glob
+import json
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+
+import model
+import tasks
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+EVERY = 20    # steps between two measurements
+BATCHES = 8   # batches a measurement averages over, the same ones each time
+RATES = 10.0 ** np.arange(-4.5, 0.1, 0.5)  # of the adaptive baselines; SGD and momentum, 30 times as much
+BASELINES = {
+    "SGD": lambda rate, horizon: model.sgd(30 * rate),
+    "momentum": lambda rate, horizon: model.momentum(3 * rate),
+    "RMSProp": lambda rate, horizon: model.rmsprop(rate),
+    "Adam": lambda rate, horizon: model.adam(rate),
+    "Adam + cosine": lambda rate, horizon: model.nadamw(rate, nesterov=False, horizon=horizon),
+}
+
+
+def learning_curve(family, optimizer, key, horizon):
+    """Train one sampled task for `horizon` steps -> mean losses [1 + horizon / EVERY, 2] on the train and test split."""
+    task_key, init_key, step_key, measure_key = jax.random.split(key, 4)
+    task = family.sample(task_key)
+
+    def measure(inner):
+        batch_loss = lambda split: jax.vmap(lambda k: family.loss(task, inner.params, family.batch(task, k, split)))
+        keys = jax.random.split(measure_key, BATCHES)
+        return jnp.stack([jnp.mean(batch_loss("train")(keys)), jnp.mean(batch_loss("test")(keys))])
+
+    def segment(inner, key):
+        step = lambda inner, key: (tasks.inner_step(family, optimizer, task, inner, key), None)
+        inner, _ = jax.lax.scan(step, inner, jax.random.split(key, EVERY))
+        return inner, measure(inner)
+
+    start = tasks.init_inner(family, optimizer, task, init_key)
+    _, losses = jax.lax.scan(segment, start, jax.random.split(step_key, horizon // EVERY))
+    return jnp.concatenate([measure(start)[None], losses])
+
+
+def sharding(n):
+    """How to lay out n rows over as many devices as divide n."""
+    devices = max(d for d in range(1, jax.device_count() + 1) if n % d == 0)
+    mesh = jax.make_mesh((devices,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
+    return jax.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+
+
+def learning_curves(family, make_optimizer, hyper, keys, horizon):
+    """`learning_curve` of every task (keys [n]) under every optimizer make_optimizer(hyper[h]) -> [n, h, points, 2].
+
+    The tasks are shared out among the devices, and each device takes a few at a time, so that they stay in its cache.
+    """
+    rows = sharding(len(keys))
+    everywhere = jax.sharding.PartitionSpec()
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=rows.mesh, in_specs=(everywhere, rows.spec), out_specs=rows.spec, check_vma=False)
+    def run(hyper, keys):
+        one = lambda key, h: learning_curve(family, make_optimizer(h), key, horizon)
+        return jax.lax.map(lambda key: jax.vmap(one, (None, 0))(key, hyper), keys, batch_size=4)
+
+    return np.asarray(run(hyper, keys))
+
+
+def compare(family, learned, theta, num_tasks, horizon, seed=0):
+    """Learning curves of all optimizers on the same tasks -> {name: [tasks, settings, points, 2]}; "learned" has one setting."""
+    keys = jax.random.split(jax.random.key(seed), num_tasks)
+    curves = {name: learning_curves(family, functools.partial(make, horizon=horizon), jnp.float32(RATES), keys, horizon)
+              for name, make in BASELINES.items()}
+    one = jax.tree.map(lambda x: jnp.asarray(x)[None], theta)
+    return curves | {"learned": learning_curves(family, learned.optimizer, one, keys, horizon)}
+
+
+def best(curves, value):
+    """value(losses [..., points]) of each task's test (or train) curves, at its best setting: [n, h, points] -> [n].
+
+    A run with a loss that is not finite counts as infinitely bad.
+    """
+    values = np.where(np.isfinite(curves).all(-1), value(curves), np.inf)
+    return values.min(1)
+
+
+mean_loss = lambda losses: losses[..., 1:].mean(-1)
+final_loss = lambda losses: losses[..., -1]
+
+
+def steps_to(curve, loss):
+    """The first measured step at which a curve [points] is down to `loss`, at least one measurement; inf if it never is."""
+    reached = np.nonzero(curve <= loss)[0]
+    return max(reached[0], 1) * EVERY if len(reached) else np.inf
+
+
+def summary(curves):
+    """The comparison as a dict that JSON can hold; see the README for what each figure means."""
+    learned = curves["learned"]
+    start = learned[:, 0, 0, 1]  # test loss before training, [n]
+    table = {}
+    for name, c in curves.items():
+        table[name] = {f"{split}_{label}_{statistic.__name__}": float(statistic(best(c[..., i], value) / start))
+                       for i, split in enumerate(("train", "test"))
+                       for label, value in (("mean_loss", mean_loss), ("final_loss", final_loss))
+                       for statistic in (np.mean, np.median)}
+    wins = lambda name, value: float(np.mean(best(learned[..., 1], value) < best(curves[name][..., 1], value)))
+    test = learned[:, 0, :, 1]  # [n, points]
+    diverged = ~np.isfinite(learned).all((1, 2, 3)) | ~(test[:, -1] <= start)
+    return {"tasks": len(start), "horizon": (test.shape[1] - 1) * EVERY, "diverged": int(diverged.sum()),
+            "optimizers": table,
+            "versus_tuned_adam": {"win_mean": wins("Adam", mean_loss), "win_final": wins("Adam", final_loss),
+                                  "speedup": speedup(test, curves["Adam"][..., 1])},
+            "versus_tuned_adam_cosine": {"win_mean": wins("Adam + cosine", mean_loss),
+                                         "win_final": wins("Adam + cosine", final_loss)}}
+
+
+def speedup(learned, adam):
+    """Geometric mean over tasks of how many times fewer steps the learned optimizer needs than tuned Adam.
+
+    learned [n, points], adam [n, h, points], test losses. If Adam gets down to the loss the learned one ends at, in s of
+    the T steps, the task counts s / T; if it never does, the learned one needed s' steps to Adam's final loss: T / s'.
+    """
+    rates = []
+    for mine, others in zip(learned, adam):
+        final = np.where(np.isfinite(others).all(-1), others[:, -1], np.inf)
+        other, horizon = others[final.argmin()], (len(mine) - 1) * EVERY
+        steps = steps_to(other, mine[-1])
+        rates.append(steps / horizon if np.isfinite(steps) else horizon / min(steps_to(mine, other[-1]), horizon))
+    return float(np.exp(np.mean(np.log(rates))))
+
+
+def print_summary(result):
+    """The table of `summary`. Losses are divided by each task's loss before training."""
+    columns = [f"{split}_{label}_{s}" for split in ("train", "test") for label in ("mean_loss", "final_loss")
+               for s in ("mean", "median")]
+    print(f"\n{result['tasks']} held-out tasks, {result['horizon']} steps; losses relative to the start; "
+          "baselines tuned per task and figure")
+    print(f"{'':16}{'train: mean loss':>18}{'final loss':>18}{'test: mean loss':>18}{'final loss':>18}")
+    print(f"{'':16}" + f"{'mean':>9}{'median':>9}" * 4)
+    for name, row in result["optimizers"].items():
+        print(f"{name:16}" + "".join(f"{row[c]:9.3f}" for c in columns))
+    for name, key in (("Adam", "versus_tuned_adam"), ("Adam + cosine", "versus_tuned_adam_cosine")):
+        against = result[key]
+        print(f"against tuned {name}: lower mean test loss on {against['win_mean']:.0%} of the tasks, "
+              f"lower final test loss on {against['win_final']:.0%}"
+              + (f", {against['speedup']:.2f} times as fast" if "speedup" in against else ""))
+    print(f"diverged runs of the learned optimizer: {result['diverged']}")
+
+
+def picture(path, curves):
+    """Test curves of four tasks, and per task how far the learned optimizer ends up below tuned Adam."""
+    figure, axes = plt.subplots(1, 5, figsize=(18, 3.4), layout="constrained")
+    steps = np.arange(curves["learned"].shape[2]) * EVERY
+    for i, axis in enumerate(axes[:4]):
+        for name in ("Adam", "Adam + cosine", "learned"):
+            test = curves[name][i, ..., 1]
+            setting = np.where(np.isfinite(test).all(-1), mean_loss(test), np.inf).argmin()
+            axis.plot(steps, test[setting], label=name, color={"learned": "C3"}.get(name), lw=2 if name == "learned" else 1.2)
+        axis.set(title=f"held-out task {i}", xlabel="step", ylabel="test loss" if i == 0 else None, yscale="log")
+    axes[0].legend()
+    ratio = lambda value: np.log2(best(curves["learned"][..., 1], value) / best(curves["Adam"][..., 1], value))
+    for value, label in ((mean_loss, "mean test loss"), (final_loss, "final test loss")):
+        axes[4].hist(np.clip(ratio(value), -1, 1), bins=np.linspace(-1, 1, 41), alpha=0.6, label=label)
+    axes[4].axvline(0, color="black", lw=1)
+    axes[4].set(title="all tasks", xlabel="log2(learned / tuned Adam), lower is better", ylabel="tasks")
+    axes[4].legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def newest_run():
+    runs = sorted(glob.glob("runs/*/theta.npz"), key=os.path.getmtime)
+    if not runs:
+        raise ValueError("There is no run yet: start `python meta_train.py` first, or name a theta.npz.")
+    return runs[-1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
+    parser.add_argument("theta", nargs="?", help="meta-parameters written by meta_train.py (default: the newest run's)")
+    parser.add_argument("--tasks", type=int, default=128, help="held-out tasks to compare on")
+    parser.add_argument("--horizon", type=int, default=400, help=f"inner steps, a multiple of {EVERY}")
+    parser.add_argument("--seed", type=int, default=0, help="of the tasks, initialisations and batches")
+    parser.add_argument("--json", metavar="FILE", help="also write the table here")
+    parser.add_argument("--picture", metavar="FILE", help="where to draw (default: comparison.png beside theta)")
+    options = parser.parse_args()
+    if options.tasks < 4 or options.horizon < EVERY or options.horizon % EVERY:
+        parser.error(f"--tasks must be at least 4, and --horizon a positive multiple of {EVERY}.")
+    try:
+        path = options.theta or newest_run()
+        learned, theta = model.load(path)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{path}: {model.about(path)}")
+    start = time.time()
+    curves = compare(tasks.mlp("held_out"), learned, theta, options.tasks, options.horizon, options.seed)
+    result = summary(curves)
+    print_summary(result)
+    target = options.picture or os.path.join(os.path.dirname(path), "comparison.png")
+    try:
+        picture(target, curves)
+        if options.json:
+            with open(options.json, "w") as file:
+                json.dump(result, file, indent=2)
+    except OSError as error:
+        parser.error(f"The comparison is done, but could not be written: {error}.")
+    print(f"{time.time() - start:.0f} s; picture: {target}")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    main()

@@ -1,0 +1,289 @@
+"""Meta-train a learned optimizer: `python meta_train.py`, and nothing else, learns one that beats tuned Adam.
+
+The loop in `train` is the whole program: estimate the meta-gradient, clip it, let Adam move theta.
+"""
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import estimators
+import evaluate
+import model
+import tasks
+
+
+def flag(default, why):
+    return dataclasses.field(default=default, metadata={"why": why})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every field is a flag. The defaults are those of the README's figures; RECIPES holds what the others need."""
+    optimizer: str = flag("hierarchical", "what to meta-train: hierarchical (P2) or per_parameter_mlp (P1)")
+    estimator: str = flag("truncated_backprop", "of the meta-gradient: truncated_backprop, es or pes")
+    target: str = flag("valid", "the loss that theta is for: valid (held-out batches, as both papers advise) or train")
+    outer_steps: int = flag(480, "updates of theta; the outer learning rate falls to zero over them")
+    minutes: float = flag(8.3, "stop then even if steps are left, and compare; counted from each launch")
+    save_seconds: float = flag(30.0, "time between two saves")
+    seed: int = flag(0, "of theta, tasks and noise")
+    horizon: int = flag(400, "T, inner steps of an episode")
+    truncation: int = flag(400, "K, inner steps of one unroll; only K = T leaves backprop without truncation bias")
+    num_pairs: int = flag(2, "N, antithetic pairs (of trajectories; without noise each pair is a single one)")
+    sigma: float = flag(0.0, "standard deviation of the smoothing noise on theta; es and pes need some")
+    adjoint: float = flag(0.3, "largest norm of the signal that backprop sends from one inner step to the one before")
+    clip: float = flag(0.3, "largest norm of one trajectory's gradient (truncated_backprop only)")
+    learning_rate: float = flag(4e-3, "of the outer Adam at its start")
+
+
+RECIPES = {"truncated_backprop": {},
+           "es": dict(outer_steps=5000, truncation=20, num_pairs=16, sigma=0.01, learning_rate=1e-3),
+           "pes": dict(outer_steps=5000, truncation=20, num_pairs=16, sigma=0.01, learning_rate=1e-3)}
+SPLITS = {"valid": "outer_valid", "train": "train"}  # where the batches of the outer loss come from
+COLUMNS = ("step", "loss", "smoothed", "gradient", "capped", "dropped", "seconds")
+
+
+class Run(NamedTuple):
+    """All that an outer step reads and writes; what a checkpoint holds."""
+    theta: dict
+    opt_state: Any
+    particles: Any
+    step: jax.Array
+    smoothed: jax.Array  # running mean of the outer loss
+
+
+def inner_problem(family, learned, target, adjoint=jnp.inf):
+    """Training one task of `family` with the learned optimizer, as something an estimator can unroll.
+
+    The loss after each inner step is log(l / l_0), where l is the loss of one outer_valid (or train) batch and l_0 the
+    task's loss before training: a tenth off the loss is worth the same in every task and at every time, so no task
+    dominates (P2 section 3.2 normalises for the same end). The 0.001 stops a solved task from counting without bound.
+    """
+    split = SPLITS[target]
+
+    def reset(theta, key):
+        task_key, init_key, batch_key = jax.random.split(key, 3)
+        task = family.sample(task_key)
+        inner = tasks.init_inner(family, learned.optimizer(theta), task, init_key)
+        return task, inner, family.loss(task, inner.params, family.batch(task, batch_key, split))
+
+    def step(theta, state, key):
+        task, inner, start = state
+        step_key, batch_key = jax.random.split(key)
+        inner = inner._replace(params=estimators.bounded_adjoint(inner.params, adjoint))
+        inner = tasks.inner_step(family, learned.optimizer(theta), task, inner, step_key)
+        loss = family.loss(task, inner.params, family.batch(task, batch_key, split))
+        return (task, inner, start), jnp.log(loss / start + 0.001)
+
+    return estimators.InnerProblem(reset, step)
+
+
+def make_outer(settings):
+    """-> (start(seed) -> Run, outer_step(run, key) -> (run, row of numbers)), the latter jitted."""
+    learned = model.LEARNED[settings.optimizer]()
+    problem = inner_problem(tasks.mlp(), learned, settings.target, settings.adjoint)
+    clip = {"clip": settings.clip} if settings.estimator == "truncated_backprop" else {}
+    estimator = getattr(estimators, settings.estimator)(
+        problem, num_pairs=settings.num_pairs, truncation=settings.truncation, horizon=settings.horizon,
+        sigma=settings.sigma, cap=jnp.log(10.0), **clip)  # P1 caps the loss itself at 10
+    adam = model.nadamw(settings.learning_rate, nesterov=False, warmup=10, horizon=settings.outer_steps)
+
+    def start(key):
+        theta_key, particle_key = jax.random.split(key)
+        theta = learned.init(theta_key)
+        return Run(theta, adam.init(theta), estimator.init(theta, particle_key), jnp.int32(0), jnp.float32(jnp.nan))
+
+    def outer_step(run, key):
+        gradient, particles, metrics = estimator.estimate(run.theta, run.particles, jax.random.fold_in(key, run.step))
+        norm = jnp.sqrt(sum(jnp.sum(g * g) for g in gradient.values()))
+        gradient = jax.tree.map(lambda g: jnp.clip(g, -0.1, 0.1), gradient)  # P2: without this no training occurs
+        updates, opt_state = adam.update(gradient, run.opt_state, run.theta)
+        loss = metrics["loss"]
+        smoothed = jnp.where(run.step == 0, loss, 0.97 * run.smoothed + 0.03 * loss)
+        row = {"step": run.step + 1, "loss": loss, "smoothed": smoothed, "gradient": norm,
+               "capped": metrics["capped"], "dropped": metrics["dropped"]}
+        return Run(jax.tree.map(jnp.add, run.theta, updates), opt_state, particles, run.step + 1, smoothed), row
+
+    return jax.jit(start), jax.jit(outer_step)
+
+
+def train(settings, folder, run, outer_step, launch):
+    """Outer steps until they or the minutes run out, or Ctrl-C; saves every half minute and at the end -> Run."""
+    key = jax.random.key(settings.seed)
+    print(f"{'step':>6} {'loss':>7} {'smoothed':>8} {'gradient':>8} {'capped':>6} {'dropped':>7} {'s/step':>7} {'left':>6}")
+    first, start = int(run.step), time.time()
+    saved = start
+    with open(os.path.join(folder, "log.csv"), "a", newline="") as log:
+        try:
+            while run.step < settings.outer_steps and time.time() < launch + 60 * settings.minutes:
+                before = time.time()
+                run, row = outer_step(run, key)
+                row = jax.device_get(row) | {"seconds": time.time() - before}
+                csv.writer(log).writerow([f"{row[c]:.6g}" for c in COLUMNS])
+                if row["step"] == first + 1:
+                    print(f"first outer step {time.time() - launch:.1f} s after launch")
+                    start = time.time()
+                if row["step"] % 10 == 0 or row["capped"] or row["dropped"]:
+                    print_progress(row, settings, (time.time() - start) / max(row["step"] - first - 1, 1), launch)
+                if time.time() > saved + settings.save_seconds:
+                    log.flush()
+                    save(settings, folder, run)
+                    saved = time.time()
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C")
+    save(settings, folder, run)
+    return run
+
+
+# ---------------------------------------------------------------- on disk and on screen
+
+def save(settings, folder, run):
+    """theta.npz for use, checkpoint.npz to go on from, curves.png to look at; each is replaced whole or not at all."""
+    write = lambda name, arrays: model.write_npz(os.path.join(folder, name), arrays)
+    leaves = [np.asarray(x) for x in jax.tree.leaves(jax.device_get(run))]
+    write("checkpoint.npz", {"settings": np.array(json.dumps(dataclasses.asdict(settings))),
+                             **{f"leaf{i:04}": x for i, x in enumerate(leaves)}})
+    model.save(os.path.join(folder, "theta.npz"), settings.optimizer, run.theta, trained_on="mlp",
+               outer_steps_done=int(run.step), **dataclasses.asdict(settings))
+    draw_curves(folder)
+
+
+def restore(path, arrays, fresh):
+    """The Run in a checkpoint, shaped like `fresh`."""
+    shapes, treedef = jax.tree.flatten(jax.eval_shape(lambda: fresh))
+    leaves = [arrays.get(f"leaf{i:04}") for i in range(len(shapes))]
+    if any(x is None or x.shape != s.shape or x.dtype != s.dtype for x, s in zip(leaves, shapes)):
+        raise ValueError(f"{path} was written by another version of this program; it can be evaluated but not resumed.")
+    return treedef.unflatten([jnp.asarray(x) for x in leaves])
+
+
+def draw_curves(folder):
+    with open(os.path.join(folder, "log.csv")) as file:
+        rows = list(csv.DictReader(file))
+    column = lambda name: [float(row[name]) for row in rows]
+    figure, axes = evaluate.plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    axes[0].plot(column("step"), column("loss"), lw=0.5, alpha=0.5)
+    axes[0].plot(column("step"), column("smoothed"))
+    axes[0].set(xlabel="outer step", ylabel="outer loss: mean of log(loss / loss at the start)")
+    axes[1].semilogy(column("step"), column("gradient"), lw=0.7)
+    axes[1].set(xlabel="outer step", ylabel="norm of the meta-gradient")
+    partial = os.path.join(folder, "curves.partial.png")
+    figure.savefig(partial, dpi=90)
+    evaluate.plt.close(figure)
+    os.replace(partial, os.path.join(folder, "curves.png"))
+
+
+def print_progress(row, settings, pace, launch):
+    left = min((settings.outer_steps - row["step"]) * pace, launch + 60 * settings.minutes - time.time())
+    print(f"{row['step']:6} {row['loss']:7.3f} {row['smoothed']:8.4f} {row['gradient']:8.3f} {row['capped']:6} "
+          f"{row['dropped']:7} {row['seconds']:7.2f} {max(left, 0) / 60:5.1f}m", flush=True)
+
+
+def keep_rows(path, steps):
+    """Drops what the log says of outer steps that were lost with the process that made them."""
+    with open(path, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= steps]
+    with open(path + ".partial", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(path + ".partial", path)
+
+
+def print_comparison(settings, folder, run):
+    """64 held-out tasks: the table on screen, table.json and comparison.png in the folder."""
+    curves = evaluate.compare(tasks.mlp("held_out"), model.LEARNED[settings.optimizer](), run.theta, 64, settings.horizon)
+    result = evaluate.summary(curves)
+    evaluate.print_summary(result)
+    evaluate.picture(os.path.join(folder, "comparison.png"), curves)
+    with open(os.path.join(folder, "table.json"), "w") as file:
+        json.dump(result, file, indent=2)
+
+
+# ---------------------------------------------------------------- the command line
+
+def parse():
+    """-> (settings, folder, the arrays of the checkpoint to go on from, or None, the parser for its errors)."""
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".", argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(Settings):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type,
+                            help=f"{field.metadata['why']} (default: {field.default})")
+    parser.add_argument("--out", help="folder of the run (default: runs/<date>-<time>)")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder")
+    given = vars(parser.parse_args())
+    folder, resume = given.pop("out", None), given.pop("resume", None)
+    arrays = None
+    try:
+        if resume:
+            if folder:
+                raise ValueError("--resume names the folder already; leave --out away.")
+            folder, path = resume, os.path.join(resume, "checkpoint.npz")
+            arrays = model.read_npz(path)
+            stored = json.loads(str(arrays.get("settings", "{}")))
+            if set(stored) != {field.name for field in dataclasses.fields(Settings)}:
+                raise ValueError(f"{path} is not a checkpoint of this program.")
+            for name in given:
+                if name != "minutes" and given[name] != stored[name]:
+                    raise ValueError(f"{folder} was begun with {name} = {stored[name]}, not {given[name]}: "
+                                     "resume it without that flag, or start a new run.")
+            given = stored | given
+        recipe = RECIPES.get(given.get("estimator", Settings.estimator))
+        settings = Settings(**{**(recipe or {}), **given})
+        check(settings)
+        folder = folder or time.strftime("runs/%Y%m%d-%H%M%S")
+        if not resume and os.path.exists(folder):
+            raise ValueError(f"{folder} exists already: choose another --out, or go on with --resume {folder}.")
+    except ValueError as error:
+        parser.error(str(error))
+    return settings, folder, arrays, parser
+
+
+def check(settings):
+    """ValueError, with one sentence, for settings that can't work."""
+    for name, allowed in (("optimizer", model.LEARNED), ("estimator", RECIPES), ("target", SPLITS)):
+        if getattr(settings, name) not in allowed:
+            raise ValueError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(settings, name)}.")
+    for name in ("outer_steps", "minutes", "save_seconds", "horizon", "truncation", "num_pairs", "adjoint", "clip", "learning_rate"):
+        if not getattr(settings, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}.")
+    if settings.horizon % settings.truncation or settings.horizon % evaluate.EVERY:
+        raise ValueError(f"--horizon must be a multiple of --truncation and of {evaluate.EVERY}, "
+                         f"not {settings.horizon} with {settings.truncation}.")
+    if not settings.sigma >= 0 or settings.estimator != "truncated_backprop" and not settings.sigma:
+        raise ValueError(f"--sigma must be positive for {settings.estimator}, not {settings.sigma}.")
+
+
+def main():
+    launch = time.time()
+    settings, folder, arrays, parser = parse()
+    start, outer_step = make_outer(settings)
+    run = start(jax.random.key(settings.seed))
+    try:
+        if arrays:
+            run = restore(folder, arrays, run)
+            keep_rows(os.path.join(folder, "log.csv"), int(run.step))
+        else:
+            os.makedirs(folder)
+            with open(os.path.join(folder, "log.csv"), "x", newline="") as log:
+                csv.writer(log).writerow(COLUMNS)
+        sharding = evaluate.sharding(settings.num_pairs)
+        run = run._replace(particles=jax.device_put(run.particles, sharding))
+        print(f"{folder}: {settings}\n{sum(x.size for x in run.theta.values())} meta-parameters, "
+              f"pairs on {len(sharding.device_set)} devices")
+        run = train(settings, folder, run, outer_step, launch)
+        print_comparison(settings, folder, run)
+        print(f"{time.time() - launch:.0f} s since launch; results in {folder}")
+    except (OSError, ValueError) as error:
+        parser.error(f"{error}")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # one device per core: small steps do not fill two from one
+    main()

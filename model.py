@@ -1,0 +1,410 @@
+"""An optimizer is a pair (init, update); a learned optimizer is a function from meta-parameters to such a pair.
+
+Hand-designed and learned optimizers share one signature (optax's), so nothing that trains with them knows which it runs.
+P1: Metz et al. 2019, arXiv 1810.10180. P2: Metz et al. 2020, arXiv 2009.11243. Inside, arrays are feature-major:
+[features, parameters], with the long axis last.
+"""
+import json
+import os
+import zipfile
+import zlib
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+
+class Optimizer(NamedTuple):
+    init: Callable    # init(params) -> state
+    update: Callable  # update(grads, state, params, *, loss=None, valid_loss=None) -> (updates, state); params += updates
+
+
+class LearnedOptimizer(NamedTuple):
+    init: Callable       # init(key) -> theta, a flat dict of float32 arrays
+    optimizer: Callable  # optimizer(theta) -> Optimizer
+
+
+# ---------------------------------------------------------------- designed by hand
+
+def sgd(learning_rate):
+    """updates = -learning_rate * g."""
+    def update(grads, state, params=None, **extra):
+        return jax.tree.map(lambda g: -learning_rate * g, grads), state
+    return Optimizer(lambda params: (), update)
+
+
+def momentum(learning_rate, decay=0.9, nesterov=False):
+    """m <- decay * m + g; updates = -learning_rate * m, or with Nesterov's look-ahead of (decay * m + g)."""
+    def update(grads, m, params=None, **extra):
+        m = jax.tree.map(lambda m, g: decay * m + g, m, grads)
+        ahead = jax.tree.map(lambda m, g: decay * m + g, m, grads) if nesterov else m
+        return jax.tree.map(lambda a: -learning_rate * a, ahead), m
+    return Optimizer(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+def rmsprop(learning_rate, decay=0.9, eps=1e-8):
+    """v <- decay * v + (1 - decay) * g^2; updates = -learning_rate * g / (sqrt(v) + eps)."""
+    def update(grads, v, params=None, **extra):
+        v = jax.tree.map(lambda v, g: decay * v + (1 - decay) * g * g, v, grads)
+        return jax.tree.map(lambda g, v: -learning_rate * g / (jnp.sqrt(v) + eps), grads, v), v
+    return Optimizer(lambda params: jax.tree.map(jnp.zeros_like, params), update)
+
+
+def adam(learning_rate, b1=0.9, b2=0.999, eps=1e-8):
+    """Kingma and Ba 2015, with constant learning rate."""
+    return nadamw(learning_rate, b1, b2, eps, nesterov=False)
+
+
+def nadamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, *, nesterov=True, weight_decay=0.0, warmup=0, horizon=None):
+    """Adam with Nesterov momentum and decoupled weight decay (P2 section 4.2).
+
+    The rate rises linearly over `warmup` steps; with a `horizon` (in steps) it then falls to 0 there along a cosine.
+    """
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return zeros, zeros, jnp.int32(0)
+
+    def update(grads, state, params=None, **extra):
+        m, v, t = state
+        rate = learning_rate * jnp.minimum(1.0, (t + 1) / max(warmup, 1))
+        if horizon is not None:
+            rate *= 0.5 + 0.5 * jnp.cos(jnp.pi * jnp.clip((t - warmup) / (horizon - warmup), 0.0, 1.0))
+        t = t + 1
+        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, m, grads)
+        v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, v, grads)
+        m_hat = jax.tree.map(lambda m: m / (1 - b1 ** t), m)
+        if nesterov:
+            m_hat = jax.tree.map(lambda m, g: b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1 ** t), m, grads)
+        updates = jax.tree.map(lambda m_hat, v: -rate * m_hat / (jnp.sqrt(v / (1 - b2 ** t)) + eps), m_hat, v)
+        if weight_decay:
+            updates = jax.tree.map(lambda u, p: u - rate * weight_decay * p, updates, params)
+        return updates, (m, v, t)
+    return Optimizer(init, update)
+
+
+# ---------------------------------------------------------------- what both learned optimizers are made of
+
+DECAYS = np.float32([0.5, 0.9, 0.99, 0.999, 0.9999])[:, None]  # of the running averages of g and g^2 (P1, P2)
+B1, B2 = 1, 3                                                    # Adam's two among them
+
+
+def averages(x, g):
+    """The five running averages x [5, n] with one more g [n]; no bias correction."""
+    return DECAYS * x + (1 - DECAYS) @ g[None]
+
+
+def sizes(params):
+    return [x.size for x in jax.tree.leaves(params)]
+
+
+def per_tensor(x, sizes):
+    """Means over each tensor's parameters: [F, parameters] -> [F, tensors]; 0 for an empty tensor."""
+    parts = jnp.split(x, np.cumsum(sizes)[:-1], axis=1)
+    return jnp.stack([jnp.sum(part, 1) / max(n, 1) for part, n in zip(parts, sizes)], 1)
+
+
+def per_parameter(x, sizes):
+    """What is known of each tensor, told to all its parameters: [F, tensors] -> [F, parameters]."""
+    return jnp.concatenate([jnp.broadcast_to(x[:, i:i + 1], (len(x), n)) for i, n in enumerate(sizes)], 1)
+
+
+def normalised(x, sizes):
+    """Each feature over its root mean square in its tensor (P1; not centred): [F, parameters] -> the same."""
+    return x * per_parameter(jax.lax.rsqrt(1e-5 + per_tensor(x * x, sizes)), sizes)
+
+
+def parameter_features(g, w, m, v):
+    """What P1's optimizer knows of each parameter: g, w [n], m, v [5, n] -> [12, n]."""
+    return jnp.concatenate([g[None], w[None], m, m * jax.lax.rsqrt(v + 1e-6)])
+
+
+def dense_init(key, name, inputs, outputs):
+    """A layer's meta-parameters: weights of standard deviation 1 / sqrt(inputs), zero biases."""
+    w = jax.random.truncated_normal(key, -2, 2, (inputs, outputs)) / np.sqrt(inputs)
+    return {f"{name}/w": w, f"{name}/b": jnp.zeros(outputs)}
+
+
+def dense(theta, name, x):
+    """[..., inputs] -> [..., outputs]."""
+    return x @ theta[f"{name}/w"] + theta[f"{name}/b"]
+
+
+def step_init(key, hidden, anchored):
+    """The output layer. Anchored, its weights start at zero: an untrained optimizer is Adam, at a learning rate of 0.01."""
+    theta = dense_init(key, "step", hidden, 2)
+    return theta | {"step/w": 0 * theta["step/w"], "log_lr": jnp.log(0.01)} if anchored else theta
+
+
+def step(theta, h, m, v, t):
+    """From the last hidden layer h [H, n] to the parameters' change [n].
+
+    The papers' form is 0.001 d exp(0.001 a). The anchored form, this project's departure, scales and bends Adam's step:
+    lr exp(a) (m_hat / sqrt(v_hat) + d). A theta that has a learning rate is anchored.
+    """
+    d, a = theta["step/w"].T @ h + theta["step/b"][:, None]
+    if "log_lr" not in theta:
+        return -0.001 * d * jnp.exp(0.001 * a)
+    return -jnp.exp(theta["log_lr"] + a) * (adam_direction(m, v, t) + d)
+
+
+def adam_direction(m, v, t):
+    """[5, n], [5, n] -> [n]. The 1e-30 keeps the square root differentiable where no gradient was ever seen."""
+    m_hat, v_hat = m[B1] / (1 - DECAYS[B1] ** t), v[B2] / (1 - DECAYS[B2] ** t)
+    return m_hat / (jnp.sqrt(v_hat + 1e-30) + 1e-8)
+
+
+# ---------------------------------------------------------------- P1: one small MLP, run on each parameter
+
+class Memory(NamedTuple):
+    m: jax.Array  # [5, parameters], running averages of g over the raveled parameters
+    v: jax.Array  # [5, parameters], of g^2
+    t: jax.Array  # steps done
+
+
+def memory_init(params):
+    zeros = jnp.zeros((len(DECAYS), sum(sizes(params))))
+    return Memory(zeros, zeros, jnp.int32(0))
+
+
+def per_parameter_mlp(hidden=32, layers=1, anchored=True):
+    """P1's optimizer (its released code; `layers=2` is the later LOLv2): features of one parameter and the time go
+    through `layers` hidden layers of `hidden` units to a direction and a magnitude, with the same weights everywhere.
+    """
+    timescales = np.float32([3, 10, 30, 100, 300, 1000, 3000, 10000, 300000])
+    own = 2 + 2 * len(DECAYS)  # features of a parameter; the time is the same for all, so it enters as a bias
+
+    def init(key):
+        keys = jax.random.split(key, layers + 1)
+        theta = dense_init(keys[0], "mlp0", own + len(timescales), hidden)
+        for i in range(1, layers):
+            theta |= dense_init(keys[i], f"mlp{i}", hidden, hidden)
+        return theta | step_init(keys[-1], hidden, anchored)
+
+    def optimizer(theta):
+        def update(grads, memory, params, *, loss=None, valid_loss=None, **extra):
+            w, unravel = ravel_pytree(params)
+            g, _ = ravel_pytree(grads)
+            m, v, t = averages(memory.m, g), averages(memory.v, g * g), memory.t + 1
+            w_own, w_time = jnp.split(theta["mlp0/w"], [own])
+            bias = jnp.tanh(t / timescales - 1) @ w_time + theta["mlp0/b"]
+            h = w_own.T @ normalised(parameter_features(g, w, m, v), sizes(params)) + bias[:, None]
+            for i in range(1, layers):
+                h = theta[f"mlp{i}/w"].T @ jax.nn.relu(h) + theta[f"mlp{i}/b"][:, None]
+            return unravel(step(theta, jax.nn.relu(h), m, v, t)), Memory(m, v, t)
+
+        return Optimizer(memory_init, update)
+
+    return LearnedOptimizer(init, optimizer)
+
+
+# ---------------------------------------------------------------- P2: an LSTM per tensor steers an MLP per parameter
+
+TRAIN_DECAY, VALID_DECAY = 0.9, 0.95
+
+
+class LossAverage(NamedTuple):
+    """Running mean and variance of a loss, and the number of losses seen (P2 appendix C.2.2)."""
+    mean: jax.Array
+    variance: jax.Array
+    count: jax.Array
+
+
+def observe(average, loss, decay):
+    """The average with one more loss; a missing (None) or non-finite one changes nothing."""
+    if loss is None:
+        return average
+    mean = decay * average.mean + (1 - decay) * loss
+    seen = LossAverage(mean, decay * average.variance + (1 - decay) * (mean - loss) ** 2, average.count + 1)
+    return jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(loss), new, old), seen, average)
+
+
+def correction(average, decay):
+    return 1 / (1 - decay ** average.count + 1e-8)
+
+
+def surprise(train, loss):
+    """How many running standard deviations a loss lies above the running training loss, within +-5; 0 at first."""
+    c = correction(train, TRAIN_DECAY)
+    score = (loss - c * train.mean) * jax.lax.rsqrt(c * train.variance + 1e-8)
+    return jnp.where(train.count > 0, jnp.clip(score, -5, 5), 0.0)
+
+
+def log_size(x):
+    return jnp.clip(jnp.log(1e-8 + jnp.abs(x)), -5, 5)
+
+
+class HierarchicalState(NamedTuple):
+    memory: Memory
+    h: jax.Array          # [tensors, lstm]
+    c: jax.Array          # [tensors, lstm]
+    feedback: jax.Array   # [tensors, 16], each tensor's MLP to its LSTM
+    context: jax.Array    # [18], all LSTMs to each
+    train: LossAverage
+    valid: LossAverage
+    size: jax.Array       # running root mean square of the gradients
+
+
+FEEDBACK, CONTEXT, CONDITION = 16, 18, 17  # sizes of P2's three messages: MLP to LSTM, LSTM to LSTM, LSTM to MLP
+
+
+def hierarchical(lstm=32, hidden=16, anchored=True):
+    """P2's optimizer (section 3.3 and appendix C; the papers' sizes are lstm=64, hidden=32).
+
+    Per tensor, an LSTM reads statistics of momenta, second moments, weights, gradient and shape, how the training and
+    the validation loss compare with the recent training loss, what the tensor's MLP reported, and the mean of all LSTMs.
+    Per parameter, an MLP with two hidden layers reads that parameter's features, sinusoids of time, and the LSTM's
+    message. Gradients are clipped at a learned multiple of their running size; all initial states are learned.
+    Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads the signal-to-noise ratio.
+    """
+    timescales = np.float32([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])[:, None]
+    own = 3 + 4 * len(DECAYS)  # features of a parameter; what all parameters of a tensor share enters as a bias
+    shared = CONDITION + 3 + len(timescales)
+
+    def init(key):
+        keys = iter(jax.random.split(key, 9))
+        return {
+            **dense_init(next(keys), "lstm", 19 + FEEDBACK + CONTEXT + lstm, 4 * lstm),
+            **dense_init(next(keys), "condition", lstm, CONDITION),
+            **dense_init(next(keys), "context", lstm, CONTEXT),
+            **dense_init(next(keys), "mlp0", own + shared, hidden),
+            **dense_init(next(keys), "mlp1", hidden, hidden),
+            **dense_init(next(keys), "feedback", hidden, FEEDBACK),
+            **step_init(next(keys), hidden, anchored),
+            "initial/h": jnp.zeros(lstm), "initial/c": jnp.zeros(lstm),
+            "initial/feedback": 0.1 * jax.random.normal(next(keys), (FEEDBACK,)),
+            "initial/context": 0.1 * jax.random.normal(next(keys), (CONTEXT,)),
+            "clip/log_multiple": jnp.log(10.0), "clip/log_rate": jnp.log(0.01),
+        }
+
+    def optimizer(theta):
+        def opt_init(params):
+            each = lambda name: jnp.tile(theta[f"initial/{name}"], (len(sizes(params)), 1))
+            none = LossAverage(jnp.float32(0), jnp.float32(0), jnp.int32(0))
+            return HierarchicalState(memory_init(params), each("h"), each("c"), each("feedback"),
+                                     theta["initial/context"], none, none, jnp.exp(theta["clip/log_rate"]))
+
+        def clipped(g, state, count):
+            """Gradient [parameters], elementwise within a multiple of its running size; and that size, updated."""
+            rate, t = jnp.exp(theta["clip/log_rate"]), state.memory.t + 1
+            limit = jnp.exp(theta["clip/log_multiple"]) * state.size / (1 - (1 - rate) ** t)
+            g = jnp.clip(jnp.nan_to_num(g), -limit, limit)
+            size = jnp.sqrt(1e-8 + jnp.mean(per_tensor(g[None] ** 2, count)))
+            return g, (1 - rate) * state.size + rate * size
+
+        def loss_features(train, valid, loss):
+            """Both losses against the recent training loss -> [2]; overfitting shows in the second."""
+            valid_mean = correction(valid, VALID_DECAY) * valid.mean
+            return jnp.stack([0.0 if loss is None else surprise(train, loss),
+                              jnp.where(valid.count > 0, surprise(train, valid_mean), 0.0)])
+
+        def statistics(g, w, m, v, direction, params):
+            """What the LSTM knows of each tensor: raveled inputs -> [tensors, 17], and mean of w^2 [1, tensors]."""
+            count = sizes(params)
+            m_mean, m_square, v_mean, v_square, w_mean, w_square, g_square, signal = per_tensor(jnp.stack([
+                jnp.mean(m, 0), jnp.mean(m * m, 0), jnp.mean(v, 0), jnp.mean(v * v, 0), w, w * w, g * g,
+                direction ** 2]), count)  # [tensors] each
+            columns = [log_size(jnp.sqrt(np.array(count) * square + 1e-16)) for square in (w_square, g_square)]
+            for x, square in ((m_mean, m_square), (v_mean, v_square), (w_mean, w_square)):
+                columns += [log_size(x), jnp.sign(x), log_size(square - x * x)]
+            shapes = [(*x.shape, 1, 1, 1, 1)[:4] for x in jax.tree.leaves(params)]
+            scalar = [1.0 if x.ndim == 0 else -1.0 for x in jax.tree.leaves(params)]
+            known = np.concatenate([np.array(scalar)[:, None], np.log(np.maximum(shapes, 1)) - 1], 1)
+            return jnp.concatenate([jnp.stack([*columns, log_size(signal)], 1), known], 1), w_square
+
+        def lstm_step(x, h, c):
+            """All tensors at once: x [tensors, inputs], h, c [tensors, lstm]."""
+            i, g, f, o = jnp.split(dense(theta, "lstm", jnp.concatenate([x, h], 1)), 4, axis=1)
+            c = jax.nn.sigmoid(f + 1) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+            return jax.nn.sigmoid(o) * jnp.tanh(c), c
+
+        def mlp(features, condition, count):
+            """features [23, parameters], condition [tensors, shared] -> last hidden layer [hidden, parameters]."""
+            w_own, w_shared = jnp.split(theta["mlp0/w"], [own])
+            bias = (condition @ w_shared + theta["mlp0/b"]).T  # [hidden, tensors]
+            h = w_own.T @ normalised(features, count) + per_parameter(bias, count)
+            return jax.nn.relu(theta["mlp1/w"].T @ jax.nn.relu(h) + theta["mlp1/b"][:, None])
+
+        def update(grads, state, params, *, loss=None, valid_loss=None, **extra):
+            count, (w, unravel) = np.array(sizes(params)), ravel_pytree(params)
+            g, size = clipped(ravel_pytree(grads)[0], state, count)
+            m, v, t = averages(state.memory.m, g), averages(state.memory.v, g * g), state.memory.t + 1
+            train, valid = observe(state.train, loss, TRAIN_DECAY), observe(state.valid, valid_loss, VALID_DECAY)
+
+            known, w_square = statistics(g, w, m, v, adam_direction(m, v, t), params)
+            everywhere = jnp.tile(jnp.concatenate([loss_features(train, valid, loss), state.context]), (len(count), 1))
+            h, c = lstm_step(jnp.concatenate([known, everywhere, state.feedback], 1), state.h, state.c)
+
+            logs = [jnp.full(len(count), np.log(len(count)) - 1), 0.5 * jnp.log(count * w_square + 1e-8),
+                    np.log(np.maximum(count, 1))]
+            time = jnp.tile(jnp.sin(t / (np.pi * timescales)), (1, len(count)))
+            condition = jnp.concatenate([dense(theta, "condition", h).T, jnp.stack(logs), time]).T
+            features = jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w) + 1e-8)[None],
+                                        v, jax.lax.rsqrt(v + 1e-6)])
+            hidden_layer = mlp(features, condition, count)
+            return unravel(step(theta, hidden_layer, m, v, t)), HierarchicalState(
+                Memory(m, v, t), h, c, dense(theta, "feedback", per_tensor(hidden_layer, count).T),
+                jnp.mean(dense(theta, "context", h), 0), train, valid, size)
+
+        return Optimizer(opt_init, update)
+
+    return LearnedOptimizer(init, optimizer)
+
+
+# ---------------------------------------------------------------- on disk
+
+LEARNED = {"per_parameter_mlp": per_parameter_mlp, "hierarchical": hierarchical}
+
+
+def save(path, name, theta, **facts):
+    """Writes theta, the optimizer's name (a key of LEARNED), and facts (JSON values) to an .npz file, atomically.
+
+    The fact `sizes`, if there, holds the arguments the optimizer was made with; the rest tells what it was trained on.
+    """
+    about = json.dumps({"name": name, "sizes": {}, **facts})
+    write_npz(path, {"about": np.array(about), **{f"theta/{k}": np.asarray(x) for k, x in theta.items()}})
+
+
+def load(path):
+    """-> (LearnedOptimizer, theta). ValueError, with one sentence, if the file is not one that `save` wrote."""
+    arrays = read_npz(path)
+    facts = about(path, arrays)
+    theta = {k.removeprefix("theta/"): jnp.asarray(x) for k, x in arrays.items() if k.startswith("theta/")}
+    try:
+        learned = LEARNED[facts["name"]](**facts["sizes"])
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} holds an optimizer this version does not know: {facts}.") from None
+    wanted = jax.eval_shape(learned.init, jax.random.key(0))
+    if {k: (x.shape, x.dtype) for k, x in theta.items()} != {k: (x.shape, x.dtype) for k, x in wanted.items()}:
+        raise ValueError(f"{path} holds meta-parameters that do not fit a {facts['name']} of sizes {facts['sizes']}.")
+    return learned, theta
+
+
+def about(path, arrays=None):
+    """The facts that `save` wrote beside theta: a dict with at least "name" and "sizes"."""
+    try:
+        return json.loads(str((arrays or read_npz(path))["about"]))
+    except (KeyError, json.JSONDecodeError):
+        raise ValueError(f"{path} is an .npz file, but not one written by this project.") from None
+
+
+def write_npz(path, arrays):
+    """All or nothing: the file at `path` is the old one or the new one, never a part of it."""
+    temporary = f"{path}.partial"
+    with open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_npz(path):
+    """-> dict of arrays. ValueError, with one sentence, if that can't be read; nothing in it is ever unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except FileNotFoundError:
+        raise ValueError(f"There is no file {path}.") from None
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or not an .npz file ({error}).") from None

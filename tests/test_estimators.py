@@ -1,0 +1,223 @@
+"""Estimators against closed forms, value and scale."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import estimators
+from estimators import InnerProblem
+
+# A linear state with a quadratic loss: s <- A s + B theta, loss |s|^2 / 2 + c.s. With noise on theta the smoothed
+# meta-gradient equals the plain one (the loss is quadratic in theta), so one closed form serves every estimator.
+A = np.float32([[0.9, 0.2], [-0.3, 0.8]])
+B = np.float32([[1.0, 0.5, 0.0], [0.0, -0.5, 1.0]])
+C = np.float32([0.3, -0.2])
+THETA = {"a": jnp.float32([0.4, -0.7]), "b": jnp.float32(0.5)}
+T = 8
+
+
+def flat(theta):
+    return jnp.concatenate([theta["a"], theta["b"][None]])
+
+
+def quadratic(theta_start=True):
+    def reset(theta, key):
+        return flat(theta)[:2] if theta_start else jnp.ones(2)  # the start is learned too
+
+    def step(theta, state, key):
+        state = A @ state + B @ flat(theta)
+        return state, 0.5 * jnp.sum(state ** 2) + jnp.sum(C * state)
+
+    return InnerProblem(reset, step)
+
+
+def losses_and_gradients(theta, steps):
+    """Loss and exact gradient (float64, forward sensitivities) of each step of an episode."""
+    s, ds = theta[:2].copy(), np.eye(3)[:2]
+    losses, gradients = [], []
+    for _ in range(steps):
+        s, ds = A @ s + B @ theta, A @ ds + B
+        losses.append(0.5 * s @ s + C @ s)
+        gradients.append((s + C) @ ds)
+    return np.array(losses), np.array(gradients)
+
+
+def truth():
+    return losses_and_gradients(np.float64([0.4, -0.7, 0.5]), T)[1].mean(0)
+
+
+def draws(estimator, count, theta=THETA, warm=T):
+    """Mean and standard error of `count` estimates at a fixed theta, after the first `warm` calls have staggered them."""
+    def body(carry, key):
+        gradient, particles, metrics = estimator.estimate(theta, carry, key)
+        return particles, flat(gradient)
+
+    particles = estimator.init(theta, jax.random.key(0))
+    _, gradients = jax.jit(lambda p: jax.lax.scan(body, p, jax.random.split(jax.random.key(1), warm + count)))(particles)
+    gradients = np.float64(gradients[warm:])
+    blocks = gradients.reshape(-1, T * 5, 3).mean(1)  # successive estimates share trajectories: block by episodes
+    return gradients.mean(0), blocks.std(0, ddof=1) / np.sqrt(len(blocks))
+
+
+@pytest.mark.parametrize("truncation", [1, 2, 4])
+def test_pes_is_unbiased_over_the_whole_horizon(truncation):
+    estimator = estimators.pes(quadratic(), num_pairs=64, truncation=truncation, horizon=T, sigma=0.1, cap=1e6)
+    mean, error = draws(estimator, 4000)
+    assert (error < 0.02 * np.abs(truth()).max()).all()
+    np.testing.assert_array_less(np.abs(mean - truth()), 3 * error + 1e-3)
+
+
+def truncated_truth(truncation):
+    """What a truncated estimator sees: the same, but with the sensitivity of the state forgotten every K steps."""
+    theta = np.float64([0.4, -0.7, 0.5])
+    s, gradients = theta[:2].copy(), []
+    for t in range(T):
+        if t % truncation == 0:
+            ds = np.eye(3)[:2] if t == 0 else np.zeros((2, 3))
+        s, ds = A @ s + B @ theta, A @ ds + B
+        gradients.append((s + C) @ ds)
+    return np.mean(gradients, 0)
+
+
+def test_the_closed_form_is_right():
+    def loss(theta):
+        problem, state, losses = quadratic(), quadratic().reset(theta, None), []
+        for _ in range(T):
+            state, loss = problem.step(theta, state, None)
+            losses.append(loss)
+        return sum(losses) / T
+    np.testing.assert_allclose(flat(jax.grad(loss)(THETA)), truth(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("truncation", [2, 4])
+@pytest.mark.parametrize("name", ["es", "truncated_backprop", "smoothed_backprop"])
+def test_truncated_estimators_miss_what_came_before(name, truncation):
+    make, sigma = {"es": (estimators.es, 0.1), "truncated_backprop": (estimators.truncated_backprop, 0.0),
+                   "smoothed_backprop": (estimators.truncated_backprop, 0.1)}[name]
+    estimator = make(quadratic(), num_pairs=64, truncation=truncation, horizon=T, sigma=sigma, cap=1e6)
+    mean, error = draws(estimator, 4000)
+    np.testing.assert_array_less(np.abs(mean - truncated_truth(truncation)), 3 * error + 1e-3)
+    assert (np.abs(mean - truth()) > 10 * error).any()  # and that is not the gradient of the episode
+
+
+def test_without_truncation_all_agree():
+    whole = dict(num_pairs=64, truncation=T, horizon=T, cap=1e6)
+    for estimator in (estimators.es(quadratic(), sigma=0.1, **whole), estimators.pes(quadratic(), sigma=0.1, **whole)):
+        mean, error = draws(estimator, 4000)
+        np.testing.assert_array_less(np.abs(mean - truth()), 3 * error + 1e-3)
+    exact = estimators.truncated_backprop(quadratic(), **whole)
+    gradient, _, _ = exact.estimate(THETA, exact.init(THETA, jax.random.key(0)), jax.random.key(1))
+    np.testing.assert_allclose(flat(gradient), truth(), rtol=1e-5)
+
+
+def influence_balancing():
+    """P3's example: the drive reaches the loss with the wrong sign first, and with the right one, stronger, later."""
+    a = 0.5 * (jnp.eye(23) + jnp.eye(23, k=1))
+    drive = jnp.where(jnp.arange(23) < 10, 1.0, -1.0)
+
+    def step(theta, state, key):
+        state = a @ state + theta["x"] * drive
+        return state, 0.5 * (state[0] - 1) ** 2
+
+    return InnerProblem(lambda theta, key: jnp.ones(23), step)
+
+
+@pytest.mark.parametrize("make, noise, right", [
+    (estimators.pes, {"sigma": 0.1}, True), (estimators.truncated_backprop, {}, False)])
+def test_influence_balancing(make, noise, right):
+    estimator = make(influence_balancing(), num_pairs=500, truncation=1, horizon=10 ** 7, **noise)
+
+    def body(carry, key):
+        theta, particles = carry
+        gradient, particles, _ = estimator.estimate(theta, particles, key)
+        return (jax.tree.map(lambda x, g: x - 1e-4 * g, theta, gradient), particles), None
+
+    theta = {"x": jnp.float32(0.5)}
+    start = theta, estimator.init(theta, jax.random.key(0))
+    (theta, _), _ = jax.jit(lambda c: jax.lax.scan(body, c, jax.random.split(jax.random.key(1), 3000)))(start)
+    if right:
+        assert abs(float(theta["x"]) + 1 / 6) < 0.005
+    else:
+        assert float(theta["x"]) > 1.0
+
+
+def test_every_trajectory_resets_after_the_horizon_and_starts_are_staggered():
+    problem = InnerProblem(lambda theta, key: jnp.float32(0), lambda theta, s, key: (s + 1, s + 1))
+    estimator = estimators.pes(problem, num_pairs=4, truncation=2, horizon=8, sigma=1.0, cap=1e6)
+    theta = {"x": jnp.float32(0)}
+    particles = estimator.init(theta, jax.random.key(0))
+    assert particles.t.tolist() == [8, 6, 4, 2]
+    seen = []
+    for i in range(8):
+        before = particles
+        _, particles, _ = estimator.estimate(theta, particles, jax.random.key(i))
+        seen.append(particles.t.tolist())
+        # xi gains one perturbation a truncation and loses all of them exactly with the state
+        fresh = np.array(before.t) >= 8
+        assert (np.array(particles.state[:, 0])[fresh] == 2).all()
+        change = np.array(particles.xi["x"] - jnp.where(fresh, 0, before.xi["x"]))
+        assert np.abs(change).max() < 5 and (change != 0).all()
+    assert sorted(seen[-1]) == [2, 4, 6, 8] and seen[0] == seen[4]
+
+
+def test_both_signs_share_everything_random():
+    """A loss that depends on the key alone must cancel within each pair, exactly."""
+    problem = InnerProblem(lambda theta, key: jax.random.normal(key), lambda theta, s, key: (s, s + jax.random.normal(key)))
+    theta = {"x": jnp.zeros(3)}
+    for make in (estimators.es, estimators.pes):
+        estimator = make(problem, num_pairs=3, truncation=4, horizon=8, sigma=0.1)
+        particles = estimator.init(theta, jax.random.key(0))
+        for i in range(3):
+            gradient, particles, _ = estimator.estimate(theta, particles, jax.random.key(i))
+            assert (np.array(gradient["x"]) == 0).all()
+
+
+def test_bad_losses_are_capped_and_counted_and_leave_theta_finite():
+    def step(theta, state, key):  # the loss is theta up to step 3, then 100, then inf, then NaN
+        losses = jnp.stack([theta["x"], theta["x"], theta["x"], theta["x"] * 100, theta["x"] / 0.0, theta["x"] * jnp.nan])
+        return state + 1, losses[state]
+
+    problem = InnerProblem(lambda theta, key: jnp.int32(0), step)
+    theta = {"x": jnp.float32(1)}
+    for make, noise in ((estimators.truncated_backprop, {}), (estimators.es, {"sigma": 0.01}), (estimators.pes, {"sigma": 0.01})):
+        estimator = make(problem, num_pairs=2, truncation=6, horizon=6, cap=10.0, **noise)
+        gradient, _, metrics = estimator.estimate(theta, estimator.init(theta, jax.random.key(0)), jax.random.key(1))
+        signs = 2 if noise else 1
+        assert np.isfinite(gradient["x"]) and metrics["capped"] == 3 * 2 * signs
+        assert abs(metrics["loss"] - (3 * 1 + 3 * 10) / 6) < 0.05
+        assert metrics["dropped"] == (0 if noise else 2)  # 0 * inf in the backward pass: the gradient is discarded
+
+
+def test_clipping_scales_each_trajectory_to_the_norm():
+    estimator = estimators.truncated_backprop(quadratic(), num_pairs=1, truncation=T, horizon=T, clip=0.5)
+    gradient, _, _ = estimator.estimate(THETA, estimator.init(THETA, jax.random.key(0)), jax.random.key(1))
+    np.testing.assert_allclose(flat(gradient), 0.5 * truth() / np.linalg.norm(truth()), rtol=1e-5)
+
+
+def test_a_bounded_adjoint_is_the_identity_with_a_clipped_gradient():
+    x = {"a": jnp.float32([3, 4]), "b": jnp.float32(0)}
+    pull = lambda scale, bound: jax.grad(lambda x: scale * jnp.sum(estimators.bounded_adjoint(x, bound)["a"] ** 2))(x)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, estimators.bounded_adjoint(x, 1.0), x))
+    np.testing.assert_allclose(pull(1.0, 100.0)["a"], [6, 8])       # a norm of 10 passes
+    np.testing.assert_allclose(pull(1.0, 5.0)["a"], [3, 4])         # and is halved by a bound of 5
+    np.testing.assert_allclose(pull(jnp.inf, 5.0)["a"], [0, 0])
+
+
+def test_bounding_the_adjoint_keeps_a_chaotic_unroll_from_drowning_the_gradient():
+    """The logistic map doubles small differences at each step; theta also enters the loss directly, with gradient 1."""
+    def problem(bound):
+        def step(theta, x, key):
+            x = estimators.bounded_adjoint(x, bound)
+            x = (3.99 + 1e-6 * theta["x"]) * x * (1 - x)
+            return x, theta["x"] + 1e-3 * x
+        return InnerProblem(lambda theta, key: jnp.float32(0.3), step)
+    for bound, low, high in ((1e30, 1e3, np.inf), (1e-2, 0.99, 1.01)):
+        estimator = estimators.truncated_backprop(problem(bound), num_pairs=1, truncation=80, horizon=80)
+        theta = {"x": jnp.float32(0)}
+        gradient, _, _ = estimator.estimate(theta, estimator.init(theta, jax.random.key(0)), jax.random.key(1))
+        assert low < abs(gradient["x"]) < high
+
+
+def test_a_horizon_that_truncations_do_not_fill_is_refused():
+    with pytest.raises(ValueError, match="multiple"):
+        estimators.es(quadratic(), num_pairs=2, truncation=3, horizon=8, sigma=0.1)

@@ -1,0 +1,107 @@
+"""The comparison's arithmetic by hand, and its command line as a user meets it."""
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import evaluate
+import model
+import tasks
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def command(*arguments, cwd):
+    return subprocess.run([sys.executable, os.path.join(ROOT, "evaluate.py"), *map(str, arguments)],
+                          cwd=cwd, capture_output=True, text=True, timeout=200)
+
+
+def test_a_learning_curve_is_that_of_a_plain_loop():
+    family, optimizer, key = tasks.mlp("held_out"), model.adam(0.01), jax.random.key(3)
+    curve = evaluate.learning_curve(family, optimizer, key, 40)
+    assert curve.shape == (3, 2)
+    task_key, init_key, step_key, measure_key = jax.random.split(key, 4)
+    task = family.sample(task_key)
+    params, t = family.init(task, init_key), 0
+    state = optimizer.init(params)
+    for segment in jax.random.split(step_key, 2):
+        for k in jax.random.split(segment, 20):
+            grads = jax.grad(family.loss, argnums=1)(task, params, family.batch(task, jax.random.split(k)[0], "train"))
+            updates, state = optimizer.update(grads, state, params)
+            params = jax.tree.map(jnp.add, params, updates)
+    losses = [family.loss(task, params, family.batch(task, k, "test")) for k in jax.random.split(measure_key, 8)]
+    np.testing.assert_allclose(curve[-1, 1], np.mean(losses), rtol=1e-3)
+
+
+def test_tasks_shared_out_among_devices_match_one_at_a_time():
+    family, keys = tasks.mlp("held_out"), jax.random.split(jax.random.key(0), 6)
+    curves = evaluate.learning_curves(family, model.adam, jnp.float32([0.001, 0.01]), keys, 40)
+    assert curves.shape == (6, 2, 3, 2) and jax.device_count() == 2
+    alone = evaluate.learning_curve(family, model.adam(0.01), keys[4], 40)
+    np.testing.assert_allclose(curves[4, 1], alone, rtol=1e-3)
+
+
+def test_best_is_per_task_and_ignores_broken_runs():
+    curves = np.float64([[[9, 3, 1], [9, 2, 2], [9, 0, np.nan]], [[9, 5, 4], [9, np.inf, 0], [9, 8, 8]]])  # [2, 3, 3]
+    np.testing.assert_array_equal(evaluate.best(curves, evaluate.final_loss), [1, 4])
+    np.testing.assert_array_equal(evaluate.best(curves, evaluate.mean_loss), [2, 4.5])
+
+
+def test_speedup_by_hand():
+    # Task 0: tuned Adam (ends at 2) reaches the learned one's final 4 after 20 of 80 steps: 1/4 as fast.
+    # Task 1: Adam never reaches 1; the learned one reaches Adam's final 2 after 40 steps: 2 times as fast.
+    learned = np.float64([[9, 8, 7, 6, 4], [9, 3, 2, 1.5, 1]])
+    adam = np.float64([[[9, 4, 3, 2, 2], [9, 9, 9, 9, 9]], [[9, 8, 8, 8, 8], [9, 5, 4, 3, 2]]])
+    np.testing.assert_allclose(evaluate.speedup(learned, adam), np.sqrt(1 / 4 * 2))
+    np.testing.assert_allclose(evaluate.speedup(adam[:, 1], adam[:, 1:]), np.sqrt(1 / 4 * 1))
+
+
+def curves_of(learned, adam):
+    both = lambda c: np.stack([np.float64(c)] * 2, -1)
+    return {name: both(adam) for name in evaluate.BASELINES} | {"learned": both(learned)}
+
+
+def test_summary_counts_wins_and_divergence():
+    learned = [[[4, 2, 2]], [[4, 3, 3]], [[4, 1, 5]], [[4, 1, np.nan]]]
+    adam = [[[4, 3, 3]], [[4, 2, 2]], [[4, 4, 4]], [[4, 2, 2]]]
+    result = evaluate.summary(curves_of(learned, adam))
+    assert result["tasks"] == 4 and result["horizon"] == 40 and result["diverged"] == 2
+    assert result["versus_tuned_adam"]["win_mean"] == 2 / 4   # tasks 0 and 2
+    assert result["versus_tuned_adam"]["win_final"] == 1 / 4  # task 0
+    np.testing.assert_allclose(result["optimizers"]["Adam"]["test_final_loss_mean"], (3 + 2 + 4 + 2) / 4 / 4)
+    np.testing.assert_allclose(result["optimizers"]["Adam"]["test_mean_loss_median"], 2.5 / 4)
+
+
+@pytest.fixture(scope="module")
+def theta(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "theta.npz"
+    sizes = {"lstm": 4, "hidden": 4}
+    model.save(path, "hierarchical", model.hierarchical(**sizes).init(jax.random.key(0)), sizes=sizes)
+    return path
+
+
+def test_the_command_writes_table_and_picture(theta, tmp_path):
+    done = command(theta, "--tasks", 4, "--horizon", 20, "--json", tmp_path / "table.json",
+                   "--picture", tmp_path / "picture.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "table.json").read_text())
+    assert result["tasks"] == 4 and result["horizon"] == 20 and result["diverged"] == 0
+    assert {"win_mean", "win_final", "speedup"} <= set(result["versus_tuned_adam"])
+    assert set(result["optimizers"]) == {"SGD", "momentum", "RMSProp", "Adam", "Adam + cosine", "learned"}
+    assert "learned" in done.stdout and (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_user_errors_end_in_one_sentence(theta, tmp_path):
+    (tmp_path / "foreign.npz").write_bytes(b"PK not really")
+    np.savez(tmp_path / "other.npz", x=np.ones(2))
+    for arguments in ([], ["missing.npz"], ["foreign.npz"], ["other.npz"], [theta, "--tasks", 0], [theta, "--horizon", 30],
+                      [theta, "--nonsense"], [theta, "--tasks", "many"],
+                      [theta, "--tasks", 4, "--horizon", 20, "--picture", "no/such/folder/picture.png"]):
+        done = command(*arguments, cwd=tmp_path)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, (arguments, done.stderr)
+        assert done.stderr.strip().splitlines()[-1].startswith("evaluate.py: error: ")

@@ -1,0 +1,165 @@
+"""The program as its users meet it: runs, resumes after kill -9, refuses what it can't do."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import meta_train
+import model
+import tasks
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TINY = ["--optimizer", "per_parameter_mlp", "--horizon", 20, "--truncation", 20, "--num-pairs", 2, "--seed", 3]
+
+
+def start(*arguments, cwd):
+    command = [sys.executable, os.path.join(ROOT, "meta_train.py"), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(*arguments, cwd):
+    process = start(*arguments, cwd=cwd)
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+def theta_of(folder):
+    return {k: np.asarray(x) for k, x in model.load(folder / "theta.npz")[1].items()}
+
+
+def steps_logged(folder):
+    with open(folder / "log.csv") as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of 400 outer steps."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    code, out, err = run(*TINY, "--outer-steps", 400, "--out", folder, cwd=folder.parent)
+    assert code == 0, err
+    return folder, out
+
+
+def test_a_run_ends_with_the_table_and_all_files(whole):
+    folder, out = whole
+    assert {"theta.npz", "checkpoint.npz", "log.csv", "curves.png", "comparison.png", "table.json"} == set(os.listdir(folder))
+    assert "against tuned Adam" in out and "64 held-out tasks" in out and "first outer step" in out
+    assert steps_logged(folder) == list(range(1, 401))
+    assert json.loads((folder / "table.json").read_text())["tasks"] == 64
+    facts = model.about(folder / "theta.npz")
+    assert facts["outer_steps_done"] == 400 and facts["seed"] == 3 and facts["trained_on"] == "mlp"
+    assert all(np.isfinite(x).all() for x in theta_of(folder).values())
+
+
+def wait_for_steps(process, folder, more):
+    """Until there is a checkpoint and the log has grown by `more` rows."""
+    deadline, begin = time.time() + 120, None
+    while begin is None or len(steps_logged(folder)) < begin + more:
+        assert time.time() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+        if begin is None and (folder / "checkpoint.npz").exists():
+            begin = len(steps_logged(folder))
+
+
+def test_kill_and_resume_is_bit_identical(whole, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*TINY, "--outer-steps", 400, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
+    for more in (30, 45):
+        wait_for_steps(process, folder, more)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        model.load(folder / "theta.npz")  # whole, wherever the kill hit
+        process = start("--resume", folder, cwd=tmp_path)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    mine, reference = theta_of(folder), theta_of(whole[0])
+    assert all((mine[k] == reference[k]).all() for k in reference)
+    assert steps_logged(folder) == list(range(1, 401))
+
+
+def test_ctrl_c_saves_and_leaves(tmp_path):
+    folder = tmp_path / "run"
+    process = start(*TINY, "--outer-steps", 100000, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
+    wait_for_steps(process, folder, 5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Ctrl-C" in out and "Traceback" not in err
+    assert model.about(folder / "theta.npz")["outer_steps_done"] == steps_logged(folder)[-1]
+
+
+def test_a_full_disk_ends_the_run_but_not_the_last_save(whole, tmp_path):
+    """With files limited to 20 kB the first checkpoint can't be written: one sentence, and no partial file in its place."""
+    limited = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); " \
+              f"sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    folder = tmp_path / "run"
+    os.makedirs(folder)
+    for name in ("checkpoint.npz", "theta.npz", "log.csv"):
+        (folder / name).write_bytes((whole[0] / name).read_bytes())
+    stored = model.read_npz(folder / "checkpoint.npz")
+    settings = json.loads(str(stored["settings"])) | {"outer_steps": 100000}
+    model.write_npz(folder / "checkpoint.npz", stored | {"settings": np.array(json.dumps(settings))})
+    before = (folder / "checkpoint.npz").read_bytes()
+    done = subprocess.run([sys.executable, "-c", limited, os.path.join(ROOT, "meta_train.py"), "--resume", str(folder),
+                           "--minutes", "0.01"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "File too large" in done.stderr, done
+    assert (folder / "checkpoint.npz").read_bytes() == before
+
+
+def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "damaged" / "checkpoint.npz").write_bytes((whole[0] / "checkpoint.npz").read_bytes()[:5000])
+    np.savez(tmp_path / "foreign" / "checkpoint.npz", x=np.ones(3))
+    before = sorted(os.listdir(tmp_path))
+    for arguments in (["--nonsense"], ["--optimizer", "adam"], ["--estimator", "rtrl"], ["--target", "test"],
+                      ["--outer-steps", "many"], ["--outer-steps", 0], ["--minutes", -1], ["--minutes", "nan"],
+                      ["--horizon", 30, "--truncation", 30], ["--horizon", 400, "--truncation", 300],
+                      ["--estimator", "pes", "--sigma", 0], ["--sigma", -1], ["--num-pairs", 0], ["--clip", 0],
+                      ["--out", whole[0]], ["--out", tmp_path / "file"], [*TINY, "--out", tmp_path / "file" / "run"],
+                      ["--resume", tmp_path / "nowhere"], ["--resume", tmp_path / "empty"],
+                      ["--resume", tmp_path / "damaged"], ["--resume", tmp_path / "foreign"],
+                      ["--resume", whole[0], "--seed", 4], ["--resume", whole[0], "--estimator", "es"],
+                      ["--resume", whole[0], "--out", tmp_path / "other"]):
+        code, out, err = run(*arguments, cwd=tmp_path)
+        assert code == 2 and "Traceback" not in err, (arguments, err)
+        assert err.strip().splitlines()[-1].startswith("meta_train.py: error: "), (arguments, err)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_the_outer_loss_is_the_log_of_the_relative_validation_loss():
+    family, learned = tasks.mlp(), model.per_parameter_mlp()
+    theta = learned.init(jax.random.key(0))
+    problem = meta_train.inner_problem(family, learned, "valid")
+    state = problem.reset(theta, jax.random.key(1))
+    task, inner, begin = state
+    assert begin == family.loss(task, inner.params, family.batch(
+        task, jax.random.split(jax.random.key(1), 3)[2], "outer_valid"))
+    (_, after, _), loss = problem.step(theta, state, jax.random.key(2))
+    step_key, batch_key = jax.random.split(jax.random.key(2))
+    value = family.loss(task, after.params, family.batch(task, batch_key, "outer_valid"))
+    np.testing.assert_allclose(loss, np.log(value / begin + 0.001), rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["truncated_backprop", "es", "pes"])
+def test_an_outer_step_moves_theta_by_adam_on_the_clipped_gradient(estimator):
+    settings = meta_train.Settings(**meta_train.RECIPES[estimator] | dict(
+        optimizer="per_parameter_mlp", estimator=estimator, horizon=20, truncation=10, num_pairs=2))
+    begin, outer_step = meta_train.make_outer(settings)
+    first = begin(jax.random.key(0))
+    second, row = outer_step(first, jax.random.key(1))
+    assert row["step"] == second.step == 1 and np.isfinite(row["loss"]) and row["gradient"] > 0
+    rate = settings.learning_rate / 10  # the first of ten warm-up steps; Adam's first step is rate * sign
+    for k in first.theta:
+        change = np.abs(second.theta[k] - first.theta[k])
+        assert change.max() < 1.01 * rate
+    assert max(float(np.abs(second.theta[k] - first.theta[k]).max()) for k in first.theta) > 0.9 * rate

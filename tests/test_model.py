@@ -1,0 +1,275 @@
+"""Optimizers against independent NumPy loops."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import model
+
+SHAPES = {"kernel": (3, 3, 2, 4), "matrix": (5, 7), "vector": (6,), "scalar": (), "empty": (0, 3)}
+
+
+def tree(seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return {k: jnp.asarray(scale * rng.standard_normal(shape), jnp.float32) for k, shape in SHAPES.items()}
+
+
+def run(optimizer, steps=30, **losses):
+    """Parameters after each step, fed with the gradients tree(1), tree(2), ..."""
+    params, path = tree(0), []
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update)
+    for t in range(1, steps + 1):
+        updates, state = update(tree(t, scale=0.1 * t), state, params, **losses)
+        params = jax.tree.map(jnp.add, params, updates)
+        path.append(params)
+    return path
+
+
+def check(optimizer, rule, steps=30):
+    """`rule(memory, g, w, t) -> step` is a NumPy recipe for a single tensor; memory is a dict it may use."""
+    path = run(optimizer, steps)
+    for name in SHAPES:
+        w, memory = np.float64(tree(0)[name]), {}
+        for t in range(1, steps + 1):
+            w = w + rule(memory, np.float64(tree(t, scale=0.1 * t)[name]), w, t)
+            np.testing.assert_allclose(path[t - 1][name], w, rtol=2e-5, atol=2e-5)
+
+
+def test_sgd():
+    check(model.sgd(0.1), lambda memory, g, w, t: -0.1 * g)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum(nesterov):
+    def rule(memory, g, w, t):
+        memory["m"] = 0.8 * memory.get("m", 0) + g
+        return -0.1 * (0.8 * memory["m"] + g if nesterov else memory["m"])
+    check(model.momentum(0.1, 0.8, nesterov), rule)
+
+
+def test_rmsprop():
+    def rule(memory, g, w, t):
+        memory["v"] = 0.9 * memory.get("v", 0) + 0.1 * g ** 2
+        return -0.01 * g / (np.sqrt(memory["v"]) + 1e-8)
+    check(model.rmsprop(0.01), rule)
+
+
+def adam_rule(memory, g, w, t, rate=0.01):
+    memory["m"] = 0.9 * memory.get("m", 0) + 0.1 * g
+    memory["v"] = 0.999 * memory.get("v", 0) + 0.001 * g ** 2
+    return -rate * (memory["m"] / (1 - 0.9 ** t)) / (np.sqrt(memory["v"] / (1 - 0.999 ** t)) + 1e-8)
+
+
+def test_adam():
+    check(model.adam(0.01), adam_rule)
+
+
+def test_nadamw():
+    def rule(memory, g, w, t):
+        rate = 0.01 * min(1, t / 5)
+        rate *= 0.5 + 0.5 * np.cos(np.pi * min(max((t - 1 - 5) / (20 - 5), 0), 1))
+        adam_rule(memory, g, w, t)
+        ahead = 0.9 * memory["m"] / (1 - 0.9 ** (t + 1)) + 0.1 * g / (1 - 0.9 ** t)
+        return -rate * (ahead / (np.sqrt(memory["v"] / (1 - 0.999 ** t)) + 1e-8) + 0.3 * w)
+    check(model.nadamw(0.01, weight_decay=0.3, warmup=5, horizon=20), rule)
+
+
+LEARNED = [model.per_parameter_mlp, functools.partial(model.per_parameter_mlp, layers=2), model.hierarchical]
+
+
+@pytest.mark.parametrize("make", LEARNED)
+def test_anchored_with_a_silent_output_layer_is_adam(make):
+    learned = make()
+    theta = learned.init(jax.random.key(0)) | {"log_lr": jnp.log(0.01)}
+    if "clip/log_multiple" in theta:
+        theta["clip/log_multiple"] = jnp.float32(20)  # no clipping
+    for mine, adams in zip(run(learned.optimizer(theta), loss=1.0, valid_loss=2.0), run(model.adam(0.01))):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), mine, adams)
+
+
+@pytest.mark.parametrize("make", LEARNED)
+def test_the_papers_output_form(make):
+    """With d = 2 and a = 100 everywhere, every parameter moves by -0.001 * 2 * exp(0.1) at every step."""
+    learned = make(anchored=False)
+    theta = learned.init(jax.random.key(0))
+    theta |= {"step/w": 0 * theta["step/w"], "step/b": jnp.float32([2, 100])}
+    assert "log_lr" not in theta
+    for t, params in enumerate(run(learned.optimizer(theta), 5), 1):
+        jax.tree.map(lambda p, p0: np.testing.assert_allclose(p, p0 - t * 0.002 * np.exp(0.1), rtol=1e-5, atol=1e-6),
+                     params, tree(0))
+
+
+def test_per_parameter_mlp_against_a_loop():
+    """Both output rows, written out with NumPy one tensor at a time, from P1's feature list."""
+    learned = model.per_parameter_mlp(hidden=8, layers=2, anchored=False)
+    theta = learned.init(jax.random.key(3))
+    np_theta = {k: np.float64(x) for k, x in theta.items()}
+
+    def rule(memory, g, w, t):
+        if not g.size:
+            return g
+        g, w, shape = g.ravel(), w.ravel(), g.shape
+        columns = [g, w]
+        decays = [0.5, 0.9, 0.99, 0.999, 0.9999]
+        for b in decays:
+            memory["m", b] = b * memory.get(("m", b), 0) + (1 - b) * g
+            memory["v", b] = b * memory.get(("v", b), 0) + (1 - b) * g ** 2
+        columns += [memory["m", b] for b in decays]
+        columns += [memory["m", b] / np.sqrt(memory["v", b] + 1e-6) for b in decays]
+        columns = [x / np.sqrt(1e-5 + np.mean(x ** 2)) for x in columns]
+        columns += [np.full(len(g), np.tanh(t / tau - 1)) for tau in (3, 10, 30, 100, 300, 1000, 3000, 10000, 300000)]
+        h = np.stack(columns, 1)
+        for i in range(2):
+            h = np.maximum(h @ np_theta[f"mlp{i}/w"] + np_theta[f"mlp{i}/b"], 0)
+        d, a = (h @ np_theta["step/w"] + np_theta["step/b"]).T
+        return (-0.001 * d * np.exp(0.001 * a)).reshape(shape)
+    check(learned.optimizer(theta), rule)
+
+
+def test_loss_features():
+    """P2 appendix C.2.2, and the figures that follow from it for a loss that falls by a tenth at each step."""
+    average, features = model.LossAverage(jnp.float32(0), jnp.float32(0), jnp.int32(0)), []
+    for t in range(4):
+        average = model.observe(average, jnp.float32(0.9 ** t), model.TRAIN_DECAY)
+        features.append(float(model.surprise(average, jnp.float32(0.9 ** t))))
+    np.testing.assert_allclose(features, [0, -0.06, -0.12, -0.18], atol=0.01)
+    assert model.surprise(average, jnp.float32(1e9)) == 5
+    for ignored in (None, jnp.float32(jnp.nan), jnp.float32(jnp.inf)):
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, model.observe(average, ignored, 0.9), average))
+
+
+def hierarchical_theta(make=model.hierarchical, seed=1):
+    """Meta-parameters whose output layer is not silent."""
+    learned = make()
+    theta = learned.init(jax.random.key(seed))
+    return learned, theta | {"step/w": 0.1 * jax.random.normal(jax.random.key(2), theta["step/w"].shape)}
+
+
+def test_hierarchical_reads_both_losses_and_each_message_matters():
+    learned, theta = hierarchical_theta()
+
+    def moved(theta, losses):
+        params, state = tree(0), learned.optimizer(theta).init(tree(0))
+        for t, (loss, valid_loss) in enumerate(losses):
+            updates, state = learned.optimizer(theta).update(tree(t), state, params, loss=loss, valid_loss=valid_loss)
+        return updates["matrix"]
+
+    same = [(1.0, 1.0), (0.9, 0.95), (0.8, 0.9)]
+    base = moved(theta, same)
+    assert (moved(theta, [(1.0, 1.0), (0.9, 0.95), (1.8, 0.9)]) != base).any()
+    assert (moved(theta, [(1.0, 1.0), (0.9, 0.95), (0.8, 1.9)]) != base).any()
+    assert (moved(theta, [(None, None)] * 3) != base).any()
+    for name in ("initial/h", "initial/c", "initial/feedback", "initial/context", "condition/w", "context/w", "feedback/w",
+                 "lstm/w", "mlp0/w", "mlp1/w", "clip/log_rate"):
+        assert (moved(theta | {name: theta[name] + 0.5}, same) != base).any(), name
+
+
+def test_hierarchical_clips_at_a_multiple_of_the_running_gradient_size():
+    """A gradient of ones, then of a thousand: the second acts like the limit, 10 x the running size."""
+    learned = model.hierarchical()
+    theta = learned.init(jax.random.key(0))
+    params = {"w": jnp.zeros(4)}
+    state = learned.optimizer(theta).init(params)
+    _, state = learned.optimizer(theta).update({"w": jnp.ones(4)}, state, params)
+    _, state = learned.optimizer(theta).update({"w": jnp.full(4, 1000.0)}, state, params)
+    size = 0.99 * 0.01 + 0.01 * 1.0                      # after the first step
+    limit = 10 * size / (1 - 0.99 ** 2)
+    m = 0.5 * (0.5 * 1) + 0.5 * limit                    # the decay-0.5 momentum
+    np.testing.assert_allclose(state.memory.m[0], np.full(4, m), rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", LEARNED)
+def test_odd_tensors_frozen_tensors_and_non_finite_gradients(make):
+    learned, theta = hierarchical_theta(make)
+    optimizer = learned.optimizer(theta)
+    state = optimizer.init(tree(0))
+    frozen = tree(1) | {"matrix": jnp.zeros((5, 7))}
+    for grads in (frozen, frozen, tree(2)):
+        updates, state = optimizer.update(grads, state, tree(0))
+        assert all(np.isfinite(x).all() and x.shape == SHAPES[k] and x.dtype == jnp.float32 for k, x in updates.items())
+    if make is model.hierarchical:
+        bad = tree(3) | {"vector": jnp.float32([np.nan, np.inf, -np.inf, 1, 2, 3])}
+        updates, state = optimizer.update(bad, state, tree(0), loss=jnp.nan, valid_loss=jnp.inf)
+        updates, state = optimizer.update(tree(4), state, tree(0), loss=1.0, valid_loss=1.0)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+
+
+@pytest.mark.parametrize("make", LEARNED)
+def test_update_in_jit_vmap_scan_and_grad(make):
+    learned, theta = hierarchical_theta(make)
+
+    def train(theta, params, steps=3):
+        optimizer = learned.optimizer(theta)
+
+        def step(carry, t):
+            params, state = carry
+            grads = jax.tree.map(lambda p: p * (1 + t), params)
+            updates, state = optimizer.update(grads, state, params, loss=jnp.float32(1))
+            return (jax.tree.map(jnp.add, params, updates), state), None
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
+        return params
+
+    loss = lambda theta, params: sum(jnp.sum(p ** 2) for p in train(theta, params).values())
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), tree(0), tree(1))
+    batched = jax.jit(jax.vmap(train, (None, 0)))(theta, both)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-5), batched, train(theta, tree(1)))
+    gradient = jax.jit(jax.grad(loss))(theta, tree(0))
+    assert all(np.isfinite(g).all() for g in gradient.values())
+    key, eps = "step/b", 1e-2
+    shift = lambda s: loss(theta | {key: theta[key] + s * jnp.float32([1, 0])}, tree(0))
+    np.testing.assert_allclose(gradient[key][0], (shift(eps) - shift(-eps)) / (2 * eps), rtol=2e-2)
+
+
+@pytest.mark.parametrize("make", [lambda: model.adam(0.1), *(lambda make=m: make().optimizer(make().init(jax.random.key(0)))
+                                                             for m in LEARNED)])
+def test_the_second_call_does_not_recompile(make):
+    optimizer, calls = make(), []
+
+    @jax.jit
+    def update(grads, state, params, loss):
+        calls.append(1)
+        return optimizer.update(grads, state, params, loss=loss)
+
+    state = optimizer.init(tree(0))
+    for t in range(3):
+        _, state = update(tree(t), state, tree(0), jnp.float32(t))
+    assert len(calls) == 1
+
+
+def test_save_and_load(tmp_path):
+    path = tmp_path / "theta.npz"
+    learned, theta = hierarchical_theta(lambda: model.hierarchical(lstm=8, hidden=4))
+    model.save(path, "hierarchical", theta, sizes={"lstm": 8, "hidden": 4}, trained_on="mlp", steps=7)
+    again, loaded = model.load(path)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, theta, loaded))
+    one, two = (run(x.optimizer(theta), 3) for x in (learned, again))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, one, two))
+    assert model.about(path) | {"steps": 7, "trained_on": "mlp"} == model.about(path)
+
+
+def test_load_refuses_other_files(tmp_path):
+    path = tmp_path / "theta.npz"
+    with pytest.raises(ValueError, match="no file"):
+        model.load(path)
+    theta = model.hierarchical().init(jax.random.key(0))
+    model.save(path, "hierarchical", theta)
+    whole = path.read_bytes()
+    for damaged in (b"", b"not a zip", whole[:len(whole) // 2], whole[:200] + b"\0" * 50 + whole[250:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            model.load(path)
+    np.savez(path, x=np.ones(3))
+    with pytest.raises(ValueError, match="not one written"):
+        model.load(path)
+    np.savez(path, about=np.array({"name": "evil"}, dtype=object))
+    with pytest.raises(ValueError, match="damaged"):
+        model.load(path)
+    model.save(path, "unheard_of", theta)
+    with pytest.raises(ValueError, match="does not know"):
+        model.load(path)
+    model.save(path, "hierarchical", theta, sizes={"hidden": 5})
+    with pytest.raises(ValueError, match="do not fit"):
+        model.load(path)

@@ -1,0 +1,169 @@
+"""The mlp family: padding leaks nothing, splits are disjoint, draws are deterministic."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import model
+import tasks
+
+FAMILY = tasks.mlp()
+
+
+def small_task():
+    """A task well below the family's maximum sizes, without noise."""
+    task = FAMILY.sample(jax.random.key(5))
+    return task._replace(depth=jnp.int32(1), widths=jnp.int32([11, 9]), batch_size=jnp.int32(13), activation=jnp.int32(1),
+                         input_noise=jnp.float32(0), label_noise=jnp.float32(0))
+
+
+def real(task, params):
+    """The unpadded net inside a task's padded parameters, for depth 1."""
+    width = int(task.widths[0])
+    return {"w0": params["w0"][:, :width], "b0": params["b0"][:width], "w1": params["w2"][:width], "b1": params["b2"]}
+
+
+def plain_loss(task, params, batch):
+    """An independent tanh net of depth 1 on the batch's real examples."""
+    x, y, _ = jax.tree.map(lambda a: a[:int(task.batch_size)], batch)
+    logits = jnp.dot(jnp.tanh(jnp.dot(x, params["w0"]) + params["b0"][None]), params["w1"]) + params["b1"][None]
+    logits = logits - logits.max(1, keepdims=True)
+    return jnp.mean(jnp.log(jnp.exp(logits).sum(1)) - logits[jnp.arange(len(y)), y])
+
+
+def test_the_padded_loss_is_that_of_the_unpadded_net():
+    task = small_task()
+    params = FAMILY.init(task, jax.random.key(0))
+    batch = FAMILY.batch(task, jax.random.key(1), "train")
+    np.testing.assert_allclose(FAMILY.loss(task, params, batch), plain_loss(task, real(task, params), batch), rtol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_perturbing_padding_changes_no_loss_and_no_real_gradient(depth):
+    task = small_task()._replace(depth=jnp.int32(depth))
+    params = FAMILY.init(task, jax.random.key(0))
+    x, y, weight = FAMILY.batch(task, jax.random.key(1), "train")
+    inside = {"w0": np.zeros((64, 32), bool), "b0": np.zeros(32, bool), "w1": np.zeros((32, 32), bool),
+              "b1": np.zeros(32, bool), "w2": np.zeros((32, 10), bool), "b2": np.ones(10, bool)}
+    last = 11 if depth == 1 else 9
+    inside["w0"][:, :11] = inside["b0"][:11] = inside["w2"][:last] = True
+    if depth == 2:
+        inside["w1"][:11, :9] = inside["b1"][:9] = True
+    value = jax.value_and_grad(FAMILY.loss, argnums=1)
+    loss, grads = value(task, params, (x, y, weight))
+    noisy = {k: jnp.where(inside[k], p, 7.0) for k, p in params.items()}
+    noisy_batch = (jnp.where(weight[:, None] > 0, x, 9.0), jnp.where(weight > 0, y, 0), weight)
+    noisy_loss, noisy_grads = value(task, noisy, noisy_batch)
+    assert loss == noisy_loss
+    for k in params:
+        np.testing.assert_array_equal(grads[k], noisy_grads[k] * inside[k])
+        assert inside[k].any() == bool((grads[k] != 0).any()) and (np.array(params[k])[~inside[k]] == 0).all()
+
+
+def test_adam_trains_the_padded_and_the_unpadded_net_identically():
+    task, adam = small_task(), model.adam(0.01)
+    inner = tasks.init_inner(FAMILY, adam, task, jax.random.key(0))
+    params = real(task, inner.params)
+    state = adam.init(params)
+    step = jax.jit(lambda inner, key: tasks.inner_step(FAMILY, adam, task, inner, key))
+    for t in range(50):
+        key = jax.random.key(t)
+        batch = FAMILY.batch(task, jax.random.split(key)[0], "train")
+        updates, state = adam.update(jax.grad(plain_loss, argnums=1)(task, params, batch), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        inner = step(inner, key)
+    assert inner.step == 50
+    for k, p in params.items():
+        np.testing.assert_allclose(real(task, inner.params)[k], p, atol=2e-5)
+
+
+def test_what_dead_units_cost_a_learned_optimizer():
+    """Padding dilutes per-tensor statistics, so a learned optimizer's steps differ a little: bounded here, not hidden."""
+    learned = model.hierarchical()
+    theta = learned.init(jax.random.key(0))
+    theta |= {"step/w": 0.05 * jax.random.normal(jax.random.key(2), theta["step/w"].shape)}
+    optimizer, task = learned.optimizer(theta), small_task()
+    inner = tasks.init_inner(FAMILY, optimizer, task, jax.random.key(0))
+    params = real(task, inner.params)
+    state, start = optimizer.init(params), params
+    for t in range(20):
+        key = jax.random.key(t)
+        batch_key, valid_key = jax.random.split(key)
+        loss, grads = jax.value_and_grad(plain_loss, argnums=1)(task, params, FAMILY.batch(task, batch_key, "train"))
+        valid = FAMILY.loss(task, inner.params, FAMILY.batch(task, valid_key, "inner_valid"))
+        updates, state = optimizer.update(grads, state, params, loss=loss, valid_loss=valid)
+        params = jax.tree.map(jnp.add, params, updates)
+        inner = tasks.inner_step(FAMILY, optimizer, task, inner, key)
+    distance = lambda a, b: float(jnp.sqrt(sum(jnp.sum((a[k] - b[k]) ** 2) for k in a)))
+    shift = distance(real(task, inner.params), params) / distance(params, start)
+    assert 0 < shift < 0.3
+
+
+def test_a_vmapped_step_matches_a_loop_over_tasks():
+    adam = model.adam(0.01)
+    keys = jax.random.split(jax.random.key(0), 6)
+
+    def train(key):
+        task_key, init_key, step_key = jax.random.split(key, 3)
+        task = FAMILY.sample(task_key)
+        inner = tasks.init_inner(FAMILY, adam, task, init_key)
+        for k in jax.random.split(step_key, 3):
+            inner = tasks.inner_step(FAMILY, adam, task, inner, k)
+        return inner.params
+    together = jax.jit(jax.vmap(train))(keys)
+    for i, key in enumerate(keys):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, atol=1e-5), together, train(key))
+
+
+def test_tasks_differ_are_deterministic_and_stay_in_range():
+    many = jax.vmap(FAMILY.sample)(jax.random.split(jax.random.key(0), 500))
+    again = jax.vmap(FAMILY.sample)(jax.random.split(jax.random.key(0), 500))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, many, again))
+    assert len(np.unique(np.asarray(many.init_scale))) > 490
+    assert set(np.unique(many.depth)) == {1, 2} and set(np.unique(many.activation)) == {0, 1, 2, 3}
+    for x, low, high in ((many.widths, 8, 32), (many.batch_size, 8, 64), (many.init_scale, 0.5, 2), (many.input_noise, 0, 0.3)):
+        assert x.min() >= low and x.max() <= high and x.max() - x.min() > 0.8 * (high - low)
+    assert all(len(set(row)) == 10 for row in np.asarray(many.classes))
+
+
+def test_splits_share_no_font_and_alphabets_no_letter():
+    fonts = [font for split in tasks.SPLITS for font in tasks.FONTS[split]]
+    assert len(fonts) == len(set(fonts)) == 16
+    assert not set(tasks.ALPHABETS["meta_train"]) & set(tasks.ALPHABETS["held_out"])
+    assert all(len(set(letters)) == len(letters) for letters in tasks.ALPHABETS.values())
+    for name, images in tasks.letters().items():
+        alphabet, split = name.split("/")
+        assert images.shape == (len(tasks.ALPHABETS[alphabet]), 8 * len(tasks.FONTS[split]), 16, 16)
+        ink = images.reshape(*images.shape[:2], -1).mean(-1)
+        assert ink.min() > 2 and images.reshape(len(images), -1).std(0).min() >= 0
+
+
+def test_batches_come_from_their_split_with_the_tasks_noise():
+    task = small_task()
+    clean = {split: FAMILY.batch(task, jax.random.key(3), split) for split in tasks.SPLITS}
+    for split, (x, y, weight) in clean.items():
+        images = tasks.letters()[f"meta_train/{split}"][task.classes].reshape(10, -1, 8, 2, 8, 2).mean((3, 5)) / 255
+        for i in range(5):
+            match = np.abs(images[y[i]].reshape(-1, 64) * task.input_scale - x[i][None]).max(1).min()
+            assert match < 1e-5
+        assert weight.sum() == (13 if split == "train" else 64)
+    noisy = task._replace(input_noise=jnp.float32(0.2), label_noise=jnp.float32(0.25))
+    x, y, _ = jax.vmap(lambda k: FAMILY.batch(noisy, k, "train"))(jax.random.split(jax.random.key(0), 300))
+    x0, y0, _ = jax.vmap(lambda k: FAMILY.batch(task, k, "train"))(jax.random.split(jax.random.key(0), 300))
+    np.testing.assert_allclose((x - x0).std(), 0.2 * task.input_scale, rtol=0.02)
+    assert abs((y != y0).mean() - 0.25) < 0.05
+    valid = FAMILY.batch(noisy, jax.random.key(0), "outer_valid")
+    assert (valid[1] == FAMILY.batch(task, jax.random.key(0), "outer_valid")[1]).all()
+
+
+def test_a_damaged_cache_is_drawn_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks.matplotlib, "get_cachedir", lambda: str(tmp_path))
+    tasks.letters.cache_clear()
+    first = tasks.letters()
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:1000])
+    tasks.letters.cache_clear()
+    again = tasks.letters()
+    tasks.letters.cache_clear()
+    assert all((first[k] == again[k]).all() for k in first)
+    assert np.load(path)["held_out/test"].shape == first["held_out/test"].shape
