@@ -23,6 +23,7 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 
 class InnerProblem(NamedTuple):
@@ -54,7 +55,8 @@ def truncated_backprop(problem, *, num_pairs, truncation, horizon, sigma=0.0, ca
 
     def smoothed(theta, eps, particle, key):
         at = lambda sign: jax.tree.map(lambda x, e: x + sign * e, theta, eps)
-        losses, rest = zip(*(unroll(at(sign), particle.state, particle.t, key) for sign in signs))
+        shared = lambda: jax.random.clone(key)  # both signs meet the same task, batches and reset
+        losses, rest = zip(*(unroll(at(sign), particle.state, particle.t, shared()) for sign in signs))
         return sum(losses) / len(losses), rest[0]
 
     def pair(theta, particle, key):
@@ -139,7 +141,8 @@ def make_unroll(problem, truncation, horizon, cap):
             good = jnp.isfinite(loss) & (loss < cap)
             return state, (jnp.where(good, loss, cap), ~good)
 
-        state, (losses, capped) = jax.lax.scan(jax.checkpoint(step), state, jax.random.split(key, truncation))
+        step = jax.checkpoint(step, policy=lambda primitive, *_, **__: "random" in primitive.name)
+        state, (losses, capped) = jax.lax.scan(step, state, jax.random.split(key, truncation))
         return jnp.mean(losses), (state, jnp.sum(capped))
 
     return unroll
@@ -173,10 +176,9 @@ def advance(t, truncation, horizon):
 
 
 def perturbation(key, theta, sigma):
-    """eps ~ N(0, sigma^2), shaped like theta."""
-    leaves, treedef = jax.tree.flatten(theta)
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([sigma * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)])
+    """eps ~ N(0, sigma^2), shaped like theta; one draw for all of it."""
+    raveled, unravel = ravel_pytree(theta)
+    return unravel(sigma * jax.random.normal(key, raveled.shape) if sigma else jnp.zeros_like(raveled))
 
 
 def at_signs(theta, eps, signs):
@@ -190,7 +192,8 @@ def first(states):
 
 def clip_norm(gradient, clip):
     """The gradient with norm at most `clip`, or zeros if it is not finite; and whether it was dropped, 0 or 1."""
-    norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(gradient)))
+    raveled, unravel = ravel_pytree(gradient)
+    norm = jnp.sqrt(jnp.sum(raveled * raveled))
     good = jnp.isfinite(norm)
     scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30))
-    return jax.tree.map(lambda g: jnp.where(good, scale * g, 0.0), gradient), (~good).astype(int)
+    return unravel(jnp.where(good, scale * raveled, 0.0)), (~good).astype(int)

@@ -3,6 +3,7 @@
 The loop in `train` is the whole program: estimate the meta-gradient, clip it, let Adam move theta.
 """
 import argparse
+import concurrent.futures
 import csv
 import dataclasses
 import json
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 import estimators
 import evaluate
@@ -30,7 +32,7 @@ class Settings:
     optimizer: str = flag("hierarchical", "what to meta-train: hierarchical (P2) or per_parameter_mlp (P1)")
     estimator: str = flag("truncated_backprop", "of the meta-gradient: truncated_backprop, es or pes")
     target: str = flag("valid", "the loss that theta is for: valid (held-out batches, as both papers advise) or train")
-    outer_steps: int = flag(480, "updates of theta; the outer learning rate falls to zero over them")
+    outer_steps: int = flag(640, "updates of theta; the outer learning rate falls to zero over them")
     minutes: float = flag(8.3, "stop then even if steps are left, and compare; counted from each launch")
     save_seconds: float = flag(30.0, "time between two saves")
     seed: int = flag(0, "of theta, tasks and noise")
@@ -40,7 +42,7 @@ class Settings:
     sigma: float = flag(0.0, "standard deviation of the smoothing noise on theta; es and pes need some")
     adjoint: float = flag(0.3, "largest norm of the signal that backprop sends from one inner step to the one before")
     clip: float = flag(0.3, "largest norm of one trajectory's gradient (truncated_backprop only)")
-    learning_rate: float = flag(4e-3, "of the outer Adam at its start")
+    learning_rate: float = flag(2e-3, "of the outer Adam at its start")
 
 
 RECIPES = {"truncated_backprop": {},
@@ -98,20 +100,32 @@ def make_outer(settings):
     def start(key):
         theta_key, particle_key = jax.random.split(key)
         theta = learned.init(theta_key)
-        return Run(theta, adam.init(theta), estimator.init(theta, particle_key), jnp.int32(0), jnp.float32(jnp.nan))
+        return Run(theta, adam.init(ravel_pytree(theta)[0]), estimator.init(theta, particle_key), jnp.int32(0), jnp.float32(jnp.nan))
 
     def outer_step(run, key):
         gradient, particles, metrics = estimator.estimate(run.theta, run.particles, jax.random.fold_in(key, run.step))
-        norm = jnp.sqrt(sum(jnp.sum(g * g) for g in gradient.values()))
-        gradient = jax.tree.map(lambda g: jnp.clip(g, -0.1, 0.1), gradient)  # P2: without this no training occurs
-        updates, opt_state = adam.update(gradient, run.opt_state, run.theta)
+        gradient, _ = ravel_pytree(gradient)  # one long vector is faster to compile than a dict of small arrays
+        theta, unravel = ravel_pytree(run.theta)
+        clipped = jnp.clip(gradient, -0.1, 0.1)  # P2: without this no training occurs
+        updates, opt_state = adam.update(clipped, run.opt_state)
         loss = metrics["loss"]
         smoothed = jnp.where(run.step == 0, loss, 0.97 * run.smoothed + 0.03 * loss)
-        row = {"step": run.step + 1, "loss": loss, "smoothed": smoothed, "gradient": norm,
+        row = {"step": run.step + 1, "loss": loss, "smoothed": smoothed, "gradient": jnp.linalg.norm(gradient),
                "capped": metrics["capped"], "dropped": metrics["dropped"]}
-        return Run(jax.tree.map(jnp.add, run.theta, updates), opt_state, particles, run.step + 1, smoothed), row
+        return Run(unravel(theta + updates), opt_state, particles, run.step + 1, smoothed), row
 
-    return jax.jit(start), jax.jit(outer_step)
+    rows = evaluate.sharding(settings.num_pairs)
+    everywhere = jax.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())
+    layout = Run(everywhere, everywhere, rows, everywhere, everywhere)  # the pairs are shared out, the rest is copied
+    return (jax.jit(start, out_shardings=layout),
+            jax.jit(outer_step, in_shardings=(layout, everywhere), out_shardings=(layout, everywhere)))
+
+
+def compiled(start, outer_step, key):
+    """A fresh Run and the compiled outer step. The two programs compile side by side: that is most of the start-up."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        step = pool.submit(lambda: outer_step.lower(jax.eval_shape(start, key), key).compile())
+        return start(key), step.result()
 
 
 def train(settings, folder, run, outer_step, launch):
@@ -157,11 +171,11 @@ def save(settings, folder, run):
 
 def restore(path, arrays, fresh):
     """The Run in a checkpoint, shaped like `fresh`."""
-    shapes, treedef = jax.tree.flatten(jax.eval_shape(lambda: fresh))
-    leaves = [arrays.get(f"leaf{i:04}") for i in range(len(shapes))]
-    if any(x is None or x.shape != s.shape or x.dtype != s.dtype for x, s in zip(leaves, shapes)):
+    like, treedef = jax.tree.flatten(fresh)
+    leaves = [arrays.get(f"leaf{i:04}") for i in range(len(like))]
+    if any(x is None or x.shape != y.shape or x.dtype != y.dtype for x, y in zip(leaves, like)):
         raise ValueError(f"{path} was written by another version of this program; it can be evaluated but not resumed.")
-    return treedef.unflatten([jnp.asarray(x) for x in leaves])
+    return treedef.unflatten([jax.device_put(x, y.sharding) for x, y in zip(leaves, like)])
 
 
 def draw_curves(folder):
@@ -263,8 +277,7 @@ def check(settings):
 def main():
     launch = time.time()
     settings, folder, arrays, parser = parse()
-    start, outer_step = make_outer(settings)
-    run = start(jax.random.key(settings.seed))
+    run, outer_step = compiled(*make_outer(settings), jax.random.key(settings.seed))
     try:
         if arrays:
             run = restore(folder, arrays, run)
@@ -273,10 +286,8 @@ def main():
             os.makedirs(folder)
             with open(os.path.join(folder, "log.csv"), "x", newline="") as log:
                 csv.writer(log).writerow(COLUMNS)
-        sharding = evaluate.sharding(settings.num_pairs)
-        run = run._replace(particles=jax.device_put(run.particles, sharding))
         print(f"{folder}: {settings}\n{sum(x.size for x in run.theta.values())} meta-parameters, "
-              f"pairs on {len(sharding.device_set)} devices")
+              f"pairs on {len(run.step.sharding.device_set)} devices")
         run = train(settings, folder, run, outer_step, launch)
         print_comparison(settings, folder, run)
         print(f"{time.time() - launch:.0f} s since launch; results in {folder}")

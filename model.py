@@ -127,31 +127,31 @@ def dense_init(key, name, inputs, outputs):
 
 
 def dense(theta, name, x):
-    """[..., inputs] -> [..., outputs]."""
-    return x @ theta[f"{name}/w"] + theta[f"{name}/b"]
+    """[rows, inputs] -> [rows, outputs]."""
+    return x @ theta[f"{name}/w"] + theta[f"{name}/b"][None]
 
 
 def step_init(key, hidden, anchored):
     """The output layer. Anchored, its weights start at zero: an untrained optimizer is Adam, at a learning rate of 0.01."""
     theta = dense_init(key, "step", hidden, 2)
-    return theta | {"step/w": 0 * theta["step/w"], "log_lr": jnp.log(0.01)} if anchored else theta
+    return theta | {"step/w": 0 * theta["step/w"], "log_lr": jnp.float32(np.log(0.01))} if anchored else theta
 
 
-def step(theta, h, m, v, t):
+def step(theta, h, m, v, t, pace=0.0):
     """From the last hidden layer h [H, n] to the parameters' change [n].
 
     The papers' form is 0.001 d exp(0.001 a). The anchored form, this project's departure, scales and bends Adam's step:
-    lr exp(a) (m_hat / sqrt(v_hat) + d). A theta that has a learning rate is anchored.
+    lr exp(a + pace) (m_hat / sqrt(v_hat) + d). A theta that has a learning rate is anchored.
     """
     d, a = theta["step/w"].T @ h + theta["step/b"][:, None]
     if "log_lr" not in theta:
         return -0.001 * d * jnp.exp(0.001 * a)
-    return -jnp.exp(theta["log_lr"] + a) * (adam_direction(m, v, t) + d)
+    return -jnp.exp(theta["log_lr"] + a + pace) * (adam_direction(m, v, t) + d)
 
 
 def adam_direction(m, v, t):
     """[5, n], [5, n] -> [n]. The 1e-30 keeps the square root differentiable where no gradient was ever seen."""
-    m_hat, v_hat = m[B1] / (1 - DECAYS[B1] ** t), v[B2] / (1 - DECAYS[B2] ** t)
+    m_hat, v_hat = m[B1] / (1 - DECAYS[B1, 0] ** t), v[B2] / (1 - DECAYS[B2, 0] ** t)
     return m_hat / (jnp.sqrt(v_hat + 1e-30) + 1e-8)
 
 
@@ -249,14 +249,15 @@ class HierarchicalState(NamedTuple):
 FEEDBACK, CONTEXT, CONDITION = 16, 18, 17  # sizes of P2's three messages: MLP to LSTM, LSTM to LSTM, LSTM to MLP
 
 
-def hierarchical(lstm=32, hidden=16, anchored=True):
+def hierarchical(lstm=16, hidden=8, anchored=True):
     """P2's optimizer (section 3.3 and appendix C; the papers' sizes are lstm=64, hidden=32).
 
     Per tensor, an LSTM reads statistics of momenta, second moments, weights, gradient and shape, how the training and
     the validation loss compare with the recent training loss, what the tensor's MLP reported, and the mean of all LSTMs.
     Per parameter, an MLP with two hidden layers reads that parameter's features, sinusoids of time, and the LSTM's
     message. Gradients are clipped at a learned multiple of their running size; all initial states are learned.
-    Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads the signal-to-noise ratio.
+    Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads the signal-to-noise ratio, and, where
+    the output is anchored, it sets the pace of its tensor directly.
     """
     timescales = np.float32([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])[:, None]
     own = 3 + 4 * len(DECAYS)  # features of a parameter; what all parameters of a tensor share enters as a bias
@@ -272,10 +273,10 @@ def hierarchical(lstm=32, hidden=16, anchored=True):
             **dense_init(next(keys), "mlp1", hidden, hidden),
             **dense_init(next(keys), "feedback", hidden, FEEDBACK),
             **step_init(next(keys), hidden, anchored),
-            "initial/h": jnp.zeros(lstm), "initial/c": jnp.zeros(lstm),
+            **({"pace": jnp.zeros(lstm)} if anchored else {}), "initial/h": jnp.zeros(lstm), "initial/c": jnp.zeros(lstm),
             "initial/feedback": 0.1 * jax.random.normal(next(keys), (FEEDBACK,)),
             "initial/context": 0.1 * jax.random.normal(next(keys), (CONTEXT,)),
-            "clip/log_multiple": jnp.log(10.0), "clip/log_rate": jnp.log(0.01),
+            "clip/log_multiple": jnp.float32(np.log(10)), "clip/log_rate": jnp.float32(np.log(0.01)),
         }
 
     def optimizer(theta):
@@ -300,18 +301,17 @@ def hierarchical(lstm=32, hidden=16, anchored=True):
                               jnp.where(valid.count > 0, surprise(train, valid_mean), 0.0)])
 
         def statistics(g, w, m, v, direction, params):
-            """What the LSTM knows of each tensor: raveled inputs -> [tensors, 17], and mean of w^2 [1, tensors]."""
-            count = sizes(params)
-            m_mean, m_square, v_mean, v_square, w_mean, w_square, g_square, signal = per_tensor(jnp.stack([
-                jnp.mean(m, 0), jnp.mean(m * m, 0), jnp.mean(v, 0), jnp.mean(v * v, 0), w, w * w, g * g,
-                direction ** 2]), count)  # [tensors] each
-            columns = [log_size(jnp.sqrt(np.array(count) * square + 1e-16)) for square in (w_square, g_square)]
-            for x, square in ((m_mean, m_square), (v_mean, v_square), (w_mean, w_square)):
-                columns += [log_size(x), jnp.sign(x), log_size(square - x * x)]
+            """What the LSTM knows of each tensor: raveled inputs -> [tensors, 17]; and the mean of w^2, [tensors]."""
+            count = np.array(sizes(params))
+            means, squares = jnp.split(per_tensor(jnp.stack([
+                jnp.mean(m, 0), jnp.mean(v, 0), w, jnp.mean(m * m, 0), jnp.mean(v * v, 0), w * w, g * g, direction ** 2,
+            ]), count), [3])  # [3, tensors], [5, tensors]
+            norms = jnp.sqrt(count[None] * squares[2:4] + 1e-16)  # of w and g
+            logs = log_size(jnp.concatenate([means, squares[:3] - means ** 2, norms, squares[4:]]))  # [9, tensors]
             shapes = [(*x.shape, 1, 1, 1, 1)[:4] for x in jax.tree.leaves(params)]
             scalar = [1.0 if x.ndim == 0 else -1.0 for x in jax.tree.leaves(params)]
             known = np.concatenate([np.array(scalar)[:, None], np.log(np.maximum(shapes, 1)) - 1], 1)
-            return jnp.concatenate([jnp.stack([*columns, log_size(signal)], 1), known], 1), w_square
+            return jnp.concatenate([logs.T, jnp.sign(means).T, known], 1), squares[2]
 
         def lstm_step(x, h, c):
             """All tensors at once: x [tensors, inputs], h, c [tensors, lstm]."""
@@ -319,12 +319,10 @@ def hierarchical(lstm=32, hidden=16, anchored=True):
             c = jax.nn.sigmoid(f + 1) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
             return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
-        def mlp(features, condition, count):
-            """features [23, parameters], condition [tensors, shared] -> last hidden layer [hidden, parameters]."""
-            w_own, w_shared = jnp.split(theta["mlp0/w"], [own])
-            bias = (condition @ w_shared + theta["mlp0/b"]).T  # [hidden, tensors]
-            h = w_own.T @ normalised(features, count) + per_parameter(bias, count)
-            return jax.nn.relu(theta["mlp1/w"].T @ jax.nn.relu(h) + theta["mlp1/b"][:, None])
+        def mlp(features, bias):
+            """features [23, parameters], bias [hidden, parameters] -> last hidden layer [hidden, parameters]."""
+            h = jax.nn.relu(theta["mlp0/w"][:own].T @ features + bias)
+            return jax.nn.relu(theta["mlp1/w"].T @ h + theta["mlp1/b"][:, None])
 
         def update(grads, state, params, *, loss=None, valid_loss=None, **extra):
             count, (w, unravel) = np.array(sizes(params)), ravel_pytree(params)
@@ -339,11 +337,14 @@ def hierarchical(lstm=32, hidden=16, anchored=True):
             logs = [jnp.full(len(count), np.log(len(count)) - 1), 0.5 * jnp.log(count * w_square + 1e-8),
                     np.log(np.maximum(count, 1))]
             time = jnp.tile(jnp.sin(t / (np.pi * timescales)), (1, len(count)))
-            condition = jnp.concatenate([dense(theta, "condition", h).T, jnp.stack(logs), time]).T
-            features = jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w) + 1e-8)[None],
+            condition = jnp.concatenate([dense(theta, "condition", h).T, jnp.stack(logs), time])  # [shared, tensors]
+            bias = theta["mlp0/w"][own:].T @ condition + theta["mlp0/b"][:, None]
+            pace = h @ theta["pace"] if anchored else jnp.zeros(len(count))
+            told = per_parameter(jnp.concatenate([bias, pace[None]]), count)  # [hidden + 1, parameters]
+            features = jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8),
                                         v, jax.lax.rsqrt(v + 1e-6)])
-            hidden_layer = mlp(features, condition, count)
-            return unravel(step(theta, hidden_layer, m, v, t)), HierarchicalState(
+            hidden_layer = mlp(normalised(features, count), told[:-1])
+            return unravel(step(theta, hidden_layer, m, v, t, told[-1])), HierarchicalState(
                 Memory(m, v, t), h, c, dense(theta, "feedback", per_tensor(hidden_layer, count).T),
                 jnp.mean(dense(theta, "context", h), 0), train, valid, size)
 

@@ -108,6 +108,12 @@ def letters():
     return data
 
 
+def pooled(images, shifts):
+    """[C, E, 16, 16] uint8 -> [C, E * shifts^2, 64] float32 in [0, 1]: 2x2 means of copies moved by each pair of shifts."""
+    moved = np.concatenate([np.roll(images, (i, j), (2, 3)) for i in shifts for j in shifts], 1)
+    return np.float32(moved.reshape(*moved.shape[:2], 8, 2, 8, 2).mean((3, 5)).reshape(*moved.shape[:2], 64) / 255)
+
+
 # ---------------------------------------------------------------- the mlp family
 
 ACTIVATIONS = (jax.nn.relu, jnp.tanh, jax.nn.silu, lambda x: jax.nn.leaky_relu(x, 0.2))
@@ -132,9 +138,8 @@ def mlp(alphabet="meta_train", max_depth=2, max_width=32, max_batch=64, num_clas
     noise on inputs and labels. Loss: mean cross-entropy in nats. Batch: images [B, 64], labels [B], weights [B]; the
     weights mask what exceeds the task's batch size (training only: the other splits always use all of max_batch).
     """
-    images = {split: jnp.asarray(letters()[f"{alphabet}/{split}"]) for split in SPLITS}  # [C, E, 16, 16] uint8
-    images = {split: x.reshape(*x.shape[:2], 8, 2, 8, 2).mean((3, 5)).reshape(*x.shape[:2], 64) / 255
-              for split, x in images.items()}  # [C, E, 64]
+    images = {split: jnp.asarray(pooled(letters()[f"{alphabet}/{split}"], shifts=(-1, 0, 1) if split == "train" else (0,)))
+              for split in SPLITS}  # [C, E, 64]
     weights = 64 * max_width + (max_depth - 1) * max_width ** 2 + max_width * num_classes
     rng = np.random.default_rng(0)
     noise = jnp.asarray(rng.standard_normal((4096, 64)), jnp.float32)  # drawn once: indexing is cheaper than drawing
@@ -187,11 +192,11 @@ def mlp(alphabet="meta_train", max_depth=2, max_width=32, max_batch=64, num_clas
     def loss(task, params, batch):
         x, y, weight = batch
         for i in range(max_depth):
-            h = x @ params[f"w{i}"] + params[f"b{i}"]
+            h = x @ params[f"w{i}"] + params[f"b{i}"][None]
             h = sum(jnp.where(task.activation == j, f(h), 0.0) for j, f in enumerate(ACTIVATIONS))
-            h = jnp.where(jnp.arange(max_width) < task.widths[i], h, 0.0)
+            h = jnp.where(jnp.arange(max_width)[None] < task.widths[i], h, 0.0)
             x = h if i == 0 else jnp.where(i < task.depth, h, x)  # a layer beyond the depth is skipped
-        logits = x @ params[f"w{max_depth}"] + params[f"b{max_depth}"]  # [B, 10]
+        logits = x @ params[f"w{max_depth}"] + params[f"b{max_depth}"][None]  # [B, 10]
         nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)[:, 0]
         return jnp.sum(weight * nll) / jnp.sum(weight)
 

@@ -157,13 +157,14 @@ def test_hierarchical_reads_both_losses_and_each_message_matters():
             updates, state = learned.optimizer(theta).update(tree(t), state, params, loss=loss, valid_loss=valid_loss)
         return updates["matrix"]
 
+    theta["clip/log_multiple"] = jnp.float32(-1)  # low enough to clip
     same = [(1.0, 1.0), (0.9, 0.95), (0.8, 0.9)]
     base = moved(theta, same)
     assert (moved(theta, [(1.0, 1.0), (0.9, 0.95), (1.8, 0.9)]) != base).any()
     assert (moved(theta, [(1.0, 1.0), (0.9, 0.95), (0.8, 1.9)]) != base).any()
     assert (moved(theta, [(None, None)] * 3) != base).any()
     for name in ("initial/h", "initial/c", "initial/feedback", "initial/context", "condition/w", "context/w", "feedback/w",
-                 "lstm/w", "mlp0/w", "mlp1/w", "clip/log_rate"):
+                 "lstm/w", "mlp0/w", "mlp1/w", "pace", "clip/log_rate", "clip/log_multiple"):
         assert (moved(theta | {name: theta[name] + 0.5}, same) != base).any(), name
 
 
