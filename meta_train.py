@@ -30,19 +30,20 @@ def flag(default, why):
 class Settings:
     """Every field is a flag. The defaults are those of the README's figures; RECIPES holds what the others need."""
     optimizer: str = flag("hierarchical", "what to meta-train: hierarchical (P2) or per_parameter_mlp (P1)")
+    output: str = flag("anchored", "form of the optimizer's step: anchored (on Adam's) or papers")
     estimator: str = flag("truncated_backprop", "of the meta-gradient: truncated_backprop, es or pes")
     target: str = flag("valid", "the loss that theta is for: valid (held-out batches, as both papers advise) or train")
-    outer_steps: int = flag(640, "updates of theta; the outer learning rate falls to zero over them")
+    outer_steps: int = flag(280, "updates of theta; the outer learning rate falls to zero over them")
     minutes: float = flag(8.3, "stop then even if steps are left, and compare; counted from each launch")
     save_seconds: float = flag(30.0, "time between two saves")
     seed: int = flag(0, "of theta, tasks and noise")
     horizon: int = flag(400, "T, inner steps of an episode")
     truncation: int = flag(400, "K, inner steps of one unroll; only K = T leaves backprop without truncation bias")
-    num_pairs: int = flag(2, "N, antithetic pairs (of trajectories; without noise each pair is a single one)")
+    num_pairs: int = flag(4, "N, antithetic pairs (of trajectories; without noise each pair is a single one)")
     sigma: float = flag(0.0, "standard deviation of the smoothing noise on theta; es and pes need some")
     adjoint: float = flag(0.3, "largest norm of the signal that backprop sends from one inner step to the one before")
     clip: float = flag(0.3, "largest norm of one trajectory's gradient (truncated_backprop only)")
-    learning_rate: float = flag(2e-3, "of the outer Adam at its start")
+    learning_rate: float = flag(4e-3, "of the outer Adam at its start")
 
 
 RECIPES = {"truncated_backprop": {},
@@ -87,9 +88,14 @@ def inner_problem(family, learned, target, adjoint=jnp.inf):
     return estimators.InnerProblem(reset, step)
 
 
+def sizes(settings):
+    """The arguments of the optimizer to be learned; saved with it."""
+    return {"anchored": settings.output == "anchored"}
+
+
 def make_outer(settings):
     """-> (start(seed) -> Run, outer_step(run, key) -> (run, row of numbers)), the latter jitted."""
-    learned = model.LEARNED[settings.optimizer]()
+    learned = model.LEARNED[settings.optimizer](**sizes(settings))
     problem = inner_problem(tasks.mlp(), learned, settings.target, settings.adjoint)
     clip = {"clip": settings.clip} if settings.estimator == "truncated_backprop" else {}
     estimator = getattr(estimators, settings.estimator)(
@@ -164,8 +170,8 @@ def save(settings, folder, run):
     leaves = [np.asarray(x) for x in jax.tree.leaves(jax.device_get(run))]
     write("checkpoint.npz", {"settings": np.array(json.dumps(dataclasses.asdict(settings))),
                              **{f"leaf{i:04}": x for i, x in enumerate(leaves)}})
-    model.save(os.path.join(folder, "theta.npz"), settings.optimizer, run.theta, trained_on="mlp",
-               outer_steps_done=int(run.step), **dataclasses.asdict(settings))
+    model.save(os.path.join(folder, "theta.npz"), settings.optimizer, run.theta, sizes=sizes(settings),
+               trained_on="mlp", outer_steps_done=int(run.step), **dataclasses.asdict(settings))
     draw_curves(folder)
 
 
@@ -213,7 +219,7 @@ def keep_rows(path, steps):
 
 def print_comparison(settings, folder, run):
     """64 held-out tasks: the table on screen, table.json and comparison.png in the folder."""
-    curves = evaluate.compare(tasks.mlp("held_out"), model.LEARNED[settings.optimizer](), run.theta, 64, settings.horizon)
+    curves = evaluate.compare(tasks.mlp("held_out"), model.LEARNED[settings.optimizer](**sizes(settings)), run.theta, 64, settings.horizon)
     result = evaluate.summary(curves)
     evaluate.print_summary(result)
     evaluate.picture(os.path.join(folder, "comparison.png"), curves)
@@ -261,7 +267,8 @@ def parse():
 
 def check(settings):
     """ValueError, with one sentence, for settings that can't work."""
-    for name, allowed in (("optimizer", model.LEARNED), ("estimator", RECIPES), ("target", SPLITS)):
+    for name, allowed in (("optimizer", model.LEARNED), ("output", ("anchored", "papers")),
+                          ("estimator", RECIPES), ("target", SPLITS)):
         if getattr(settings, name) not in allowed:
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(settings, name)}.")
     for name in ("outer_steps", "minutes", "save_seconds", "horizon", "truncation", "num_pairs", "adjoint", "clip", "learning_rate"):

@@ -141,12 +141,13 @@ def step(theta, h, m, v, t, pace=0.0):
     """From the last hidden layer h [H, n] to the parameters' change [n].
 
     The papers' form is 0.001 d exp(0.001 a). The anchored form, this project's departure, scales and bends Adam's step:
-    lr exp(a + pace) (m_hat / sqrt(v_hat) + d). A theta that has a learning rate is anchored.
+    lr exp(min(a + pace, 1)) (m_hat / sqrt(v_hat) + d). The limit is there because a step that kills ReLU units costs
+    much later and shows in no derivative now. A theta that has a learning rate is anchored.
     """
     d, a = theta["step/w"].T @ h + theta["step/b"][:, None]
     if "log_lr" not in theta:
         return -0.001 * d * jnp.exp(0.001 * a)
-    return -jnp.exp(theta["log_lr"] + a + pace) * (adam_direction(m, v, t) + d)
+    return -jnp.exp(theta["log_lr"] + jnp.minimum(a + pace, 1.0)) * (adam_direction(m, v, t) + d)
 
 
 def adam_direction(m, v, t):
@@ -393,11 +394,15 @@ def about(path, arrays=None):
 def write_npz(path, arrays):
     """All or nothing: the file at `path` is the old one or the new one, never a part of it."""
     temporary = f"{path}.partial"
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
 
 
 def read_npz(path):

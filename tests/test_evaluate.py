@@ -96,12 +96,15 @@ def test_the_command_writes_table_and_picture(theta, tmp_path):
     assert "learned" in done.stdout and (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_user_errors_end_in_one_sentence(theta, tmp_path):
+def test_user_errors_end_in_one_sentence(theta, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "foreign.npz").write_bytes(b"PK not really")
     np.savez(tmp_path / "other.npz", x=np.ones(2))
     for arguments in ([], ["missing.npz"], ["foreign.npz"], ["other.npz"], [theta, "--tasks", 0], [theta, "--horizon", 30],
                       [theta, "--nonsense"], [theta, "--tasks", "many"],
                       [theta, "--tasks", 4, "--horizon", 20, "--picture", "no/such/folder/picture.png"]):
-        done = command(*arguments, cwd=tmp_path)
-        assert done.returncode == 2 and "Traceback" not in done.stderr, (arguments, done.stderr)
-        assert done.stderr.strip().splitlines()[-1].startswith("evaluate.py: error: ")
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            evaluate.main()
+        sentence = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stopped.value.code == 2 and sentence.startswith("evaluate.py: error: "), (arguments, sentence)

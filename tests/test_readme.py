@@ -1,0 +1,39 @@
+"""The README's snippets run, and its test command is what CI runs."""
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import model
+import tasks
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SNIPPETS = re.findall(r"```python\n(.*?)```", open(os.path.join(ROOT, "README.md")).read(), re.S)
+
+
+def test_use_it_on_your_own_loss(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model.save("theta.npz", "hierarchical", model.hierarchical().init(jax.random.key(0)))
+    with jax.numpy_rank_promotion("allow"):
+        scope = {}
+        exec(SNIPPETS[0], scope)
+    assert float(jnp.sum((scope["params"]["w"] - 3.0) ** 2)) < 0.5 * 45  # 45 at the start
+
+
+def test_add_a_task():
+    with jax.numpy_rank_promotion("allow"):
+        scope = {}
+        exec(SNIPPETS[1], scope)
+        family, adam = scope["sinusoids"], model.adam(0.02)
+        task = family.sample(jax.random.key(0))
+        inner = tasks.init_inner(family, adam, task, jax.random.key(1))
+        measure = lambda inner: family.loss(task, inner.params, family.batch(task, jax.random.key(2), "test"))
+        before = measure(inner)
+        step = jax.jit(lambda inner, key: tasks.inner_step(family, adam, task, inner, key))
+        for key in jax.random.split(jax.random.key(3), 300):
+            inner = step(inner, key)
+        after = measure(inner)
+    assert jnp.ndim(before) == 0 and np.isfinite(before)
+    assert after < 0.5 * before
