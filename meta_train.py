@@ -106,7 +106,8 @@ def make_outer(settings):
     def start(key):
         theta_key, particle_key = jax.random.split(key)
         theta = learned.init(theta_key)
-        return Run(theta, adam.init(ravel_pytree(theta)[0]), estimator.init(theta, particle_key), jnp.int32(0), jnp.float32(jnp.nan))
+        particles = estimator.init(theta, particle_key)
+        return Run(theta, adam.init(ravel_pytree(theta)[0]), particles, jnp.int32(0), jnp.float32(jnp.nan))
 
     def outer_step(run, key):
         gradient, particles, metrics = estimator.estimate(run.theta, run.particles, jax.random.fold_in(key, run.step))
@@ -135,7 +136,7 @@ def compiled(start, outer_step, key):
 
 
 def train(settings, folder, run, outer_step, launch):
-    """Outer steps until they or the minutes run out, or Ctrl-C; saves every half minute and at the end -> Run."""
+    """Outer steps until they or the minutes run out -> Run. Saves now and then, and at the end, be it Ctrl-C."""
     key = jax.random.key(settings.seed)
     print(f"{'step':>6} {'loss':>7} {'smoothed':>8} {'gradient':>8} {'capped':>6} {'dropped':>7} {'s/step':>7} {'left':>6}")
     first, start = int(run.step), time.time()
@@ -156,9 +157,9 @@ def train(settings, folder, run, outer_step, launch):
                     log.flush()
                     save(settings, folder, run)
                     saved = time.time()
-        except KeyboardInterrupt:
-            print("stopped by Ctrl-C")
-    save(settings, folder, run)
+        finally:
+            log.flush()
+            save(settings, folder, run)
     return run
 
 
@@ -284,8 +285,8 @@ def check(settings):
 def main():
     launch = time.time()
     settings, folder, arrays, parser = parse()
-    run, outer_step = compiled(*make_outer(settings), jax.random.key(settings.seed))
     try:
+        run, outer_step = compiled(*make_outer(settings), jax.random.key(settings.seed))
         if arrays:
             run = restore(folder, arrays, run)
             keep_rows(os.path.join(folder, "log.csv"), int(run.step))
@@ -298,6 +299,8 @@ def main():
         run = train(settings, folder, run, outer_step, launch)
         print_comparison(settings, folder, run)
         print(f"{time.time() - launch:.0f} s since launch; results in {folder}")
+    except KeyboardInterrupt:
+        print(f"stopped by Ctrl-C; python meta_train.py --resume {folder} goes on from the last save")
     except (OSError, ValueError) as error:
         parser.error(f"{error}")
 
