@@ -88,6 +88,7 @@ def nadamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, *, nesterov=True, weight_d
 
 DECAYS = np.float32([0.5, 0.9, 0.99, 0.999, 0.9999])[:, None]  # of the running averages of g and g^2 (P1, P2)
 B1, B2 = 1, 3                                                    # Adam's two among them
+ODD = 2 + 2 * len(DECAYS)  # features that change sign with the gradient and the parameter; they come first
 
 
 def averages(x, g):
@@ -131,23 +132,28 @@ def dense(theta, name, x):
     return x @ theta[f"{name}/w"] + theta[f"{name}/b"][None]
 
 
-def step_init(key, hidden, anchored):
-    """The output layer. Anchored, its weights start at zero: an untrained optimizer is Adam, at a learning rate of 0.01."""
-    theta = dense_init(key, "step", hidden, 2)
-    return theta | {"step/w": 0 * theta["step/w"], "log_lr": jnp.float32(np.log(0.01))} if anchored else theta
+def step_init(key, hidden, own, anchored):
+    """The output layer. Anchored, it starts at zero: an untrained optimizer is Adam, at a learning rate of 0.01."""
+    if anchored:
+        return {"step/w": jnp.zeros((hidden, 2)), "direct/d": jnp.zeros(ODD), "direct/a": jnp.zeros(own),
+                "log_lr": jnp.float32(np.log(0.01))}
+    return dense_init(key, "step", hidden, 2)
 
 
-def step(theta, h, m, v, t, pace=0.0):
-    """From the last hidden layer h [H, n] to the parameters' change [n].
+def step(theta, h, features, m, v, t, pace=0.0):
+    """From the last hidden layer h [H, n] and the features [F, n] it was made of to the parameters' change [n].
 
-    The papers' form is 0.001 d exp(0.001 a). The anchored form, this project's departure, scales and bends Adam's step:
-    lr exp(min(a + pace, 1)) (m_hat / sqrt(v_hat) + d). The limit is there because a step that kills ReLU units costs
-    much later and shows in no derivative now. A theta that has a learning rate is anchored.
+    The papers' form is 0.001 d exp(0.001 a), with d and a linear in h. The anchored form, this project's departure,
+    scales and bends Adam's step: lr exp(min(a + pace, 1)) (m_hat / sqrt(v_hat) + d). There d and a also read the
+    features directly, so that a weight decay or another momentum is learned in a few steps. What d reads directly
+    changes sign with the gradient and the parameter, and it has no bias, because a constant push on all parameters
+    kills ReLU units, which costs much later and shows in no derivative. The limit of 1 is there for the same reason.
     """
-    d, a = theta["step/w"].T @ h + theta["step/b"][:, None]
+    d, a = theta["step/w"].T @ h
     if "log_lr" not in theta:
-        return -0.001 * d * jnp.exp(0.001 * a)
-    return -jnp.exp(theta["log_lr"] + jnp.minimum(a + pace, 1.0)) * (adam_direction(m, v, t) + d)
+        return -0.001 * (d + theta["step/b"][0]) * jnp.exp(0.001 * (a + theta["step/b"][1]))
+    d, a = d + theta["direct/d"] @ features[:ODD], a + theta["direct/a"] @ features + pace
+    return -jnp.exp(theta["log_lr"] + jnp.minimum(a, 1.0)) * (adam_direction(m, v, t) + d)
 
 
 def adam_direction(m, v, t):
@@ -174,26 +180,26 @@ def per_parameter_mlp(hidden=32, layers=1, anchored=True):
     through `layers` hidden layers of `hidden` units to a direction and a magnitude, with the same weights everywhere.
     """
     timescales = np.float32([3, 10, 30, 100, 300, 1000, 3000, 10000, 300000])
-    own = 2 + 2 * len(DECAYS)  # features of a parameter; the time is the same for all, so it enters as a bias
 
     def init(key):
         keys = jax.random.split(key, layers + 1)
-        theta = dense_init(keys[0], "mlp0", own + len(timescales), hidden)
+        theta = dense_init(keys[0], "mlp0", ODD + len(timescales), hidden)  # the time is the same for all: a bias
         for i in range(1, layers):
             theta |= dense_init(keys[i], f"mlp{i}", hidden, hidden)
-        return theta | step_init(keys[-1], hidden, anchored)
+        return theta | step_init(keys[-1], hidden, ODD, anchored)
 
     def optimizer(theta):
         def update(grads, memory, params, *, loss=None, valid_loss=None, **extra):
             w, unravel = ravel_pytree(params)
             g, _ = ravel_pytree(grads)
             m, v, t = averages(memory.m, g), averages(memory.v, g * g), memory.t + 1
-            w_own, w_time = jnp.split(theta["mlp0/w"], [own])
+            w_own, w_time = jnp.split(theta["mlp0/w"], [ODD])
             bias = jnp.tanh(t / timescales - 1) @ w_time + theta["mlp0/b"]
-            h = w_own.T @ normalised(parameter_features(g, w, m, v), sizes(params)) + bias[:, None]
+            features = normalised(parameter_features(g, w, m, v), sizes(params))
+            h = w_own.T @ features + bias[:, None]
             for i in range(1, layers):
                 h = theta[f"mlp{i}/w"].T @ jax.nn.relu(h) + theta[f"mlp{i}/b"][:, None]
-            return unravel(step(theta, jax.nn.relu(h), m, v, t)), Memory(m, v, t)
+            return unravel(step(theta, jax.nn.relu(h), features, m, v, t)), Memory(m, v, t)
 
         return Optimizer(memory_init, update)
 
@@ -258,10 +264,10 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
     Per parameter, an MLP with two hidden layers reads that parameter's features, sinusoids of time, and the LSTM's
     message. Gradients are clipped at a learned multiple of their running size; all initial states are learned.
     Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads the signal-to-noise ratio, and, where
-    the output is anchored, it sets the pace of its tensor directly.
+    the output is anchored, it and the time set the pace of their tensor directly.
     """
     timescales = np.float32([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])[:, None]
-    own = 3 + 4 * len(DECAYS)  # features of a parameter; what all parameters of a tensor share enters as a bias
+    own = ODD + 1 + 2 * len(DECAYS)  # features of a parameter; what all parameters of a tensor share enters as a bias
     shared = CONDITION + 3 + len(timescales)
 
     def init(key):
@@ -273,8 +279,9 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
             **dense_init(next(keys), "mlp0", own + shared, hidden),
             **dense_init(next(keys), "mlp1", hidden, hidden),
             **dense_init(next(keys), "feedback", hidden, FEEDBACK),
-            **step_init(next(keys), hidden, anchored),
-            **({"pace": jnp.zeros(lstm)} if anchored else {}), "initial/h": jnp.zeros(lstm), "initial/c": jnp.zeros(lstm),
+            **step_init(next(keys), hidden, own, anchored),
+            **({"pace": jnp.zeros(lstm), "schedule": jnp.zeros(len(timescales))} if anchored else {}),
+            "initial/h": jnp.zeros(lstm), "initial/c": jnp.zeros(lstm),
             "initial/feedback": 0.1 * jax.random.normal(next(keys), (FEEDBACK,)),
             "initial/context": 0.1 * jax.random.normal(next(keys), (CONTEXT,)),
             "clip/log_multiple": jnp.float32(np.log(10)), "clip/log_rate": jnp.float32(np.log(0.01)),
@@ -340,12 +347,12 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
             time = jnp.tile(jnp.sin(t / (np.pi * timescales)), (1, len(count)))
             condition = jnp.concatenate([dense(theta, "condition", h).T, jnp.stack(logs), time])  # [shared, tensors]
             bias = theta["mlp0/w"][own:].T @ condition + theta["mlp0/b"][:, None]
-            pace = h @ theta["pace"] if anchored else jnp.zeros(len(count))
+            pace = h @ theta["pace"] + theta["schedule"] @ time if anchored else jnp.zeros(len(count))
             told = per_parameter(jnp.concatenate([bias, pace[None]]), count)  # [hidden + 1, parameters]
-            features = jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8),
-                                        v, jax.lax.rsqrt(v + 1e-6)])
-            hidden_layer = mlp(normalised(features, count), told[:-1])
-            return unravel(step(theta, hidden_layer, m, v, t, told[-1])), HierarchicalState(
+            features = normalised(jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8),
+                                                   v, jax.lax.rsqrt(v + 1e-6)]), count)
+            hidden_layer = mlp(features, told[:-1])
+            return unravel(step(theta, hidden_layer, features, m, v, t, told[-1])), HierarchicalState(
                 Memory(m, v, t), h, c, dense(theta, "feedback", per_tensor(hidden_layer, count).T),
                 jnp.mean(dense(theta, "context", h), 0), train, valid, size)
 

@@ -135,11 +135,14 @@ def mlp(alphabet="meta_train", max_depth=2, max_width=32, max_batch=64, num_clas
     """Classification of 8x8 letters by fully connected nets (P2's and TaskSet's `mlp`, with P1's disjoint classes).
 
     Every task draws its own letters, depth, widths, activation, batch size, scales of initialisation and input, and
-    noise on inputs and labels. Loss: mean cross-entropy in nats. Batch: images [B, 64], labels [B], weights [B]; the
-    weights mask what exceeds the task's batch size (training only: the other splits always use all of max_batch).
+    noise on inputs and labels. The alphabet's mean training image is taken off all images. Loss: mean cross-entropy in
+    nats. Batch: images [B, 64], labels [B], weights [B]; the weights mask what exceeds the task's batch size (training
+    only: the other splits always use all of max_batch).
     """
-    images = {split: jnp.asarray(pooled(letters()[f"{alphabet}/{split}"], shifts=(-1, 0, 1) if split == "train" else (0,)))
-              for split in SPLITS}  # [C, E, 64]
+    images = {split: pooled(letters()[f"{alphabet}/{split}"], shifts=(-1, 0, 1) if split == "train" else (0,))
+              for split in SPLITS}
+    mean = images["train"].mean((0, 1))
+    images = {split: jnp.asarray(x - mean) for split, x in images.items()}  # [C, E, 64]
     weights = 64 * max_width + (max_depth - 1) * max_width ** 2 + max_width * num_classes
     rng = np.random.default_rng(0)
     noise = jnp.asarray(rng.standard_normal((4096, 64)), jnp.float32)  # drawn once: indexing is cheaper than drawing

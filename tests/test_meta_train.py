@@ -8,6 +8,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ import model
 import tasks
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ["--optimizer", "per_parameter_mlp", "--horizon", 20, "--truncation", 20, "--num-pairs", 2, "--seed", 3]
+TINY = ["--optimizer", "per_parameter_mlp", "--horizon", 20, "--truncation", 20, "--num-pairs", 2, "--seed", 3, "--compare", 4]
 
 
 def start(*arguments, cwd, prelude="import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"):
@@ -54,9 +55,9 @@ def whole(tmp_path_factory):
 def test_a_run_ends_with_the_table_and_all_files(whole):
     folder, out = whole
     assert {"theta.npz", "checkpoint.npz", "log.csv", "curves.png", "comparison.png", "table.json"} == set(os.listdir(folder))
-    assert "against tuned Adam" in out and "64 held-out tasks" in out and "first outer step" in out
+    assert "against tuned Adam" in out and "4 held-out tasks" in out and "first outer step" in out
     assert steps_logged(folder) == list(range(1, 401))
-    assert json.loads((folder / "table.json").read_text())["tasks"] == 64
+    assert json.loads((folder / "table.json").read_text())["tasks"] == 4
     facts = model.about(folder / "theta.npz")
     assert facts["outer_steps_done"] == 400 and facts["seed"] == 3 and facts["trained_on"] == "mlp"
     assert all(np.isfinite(x).all() for x in theta_of(folder).values())
@@ -130,7 +131,7 @@ def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monk
     for arguments in (["--nonsense"], ["--optimizer", "adam"], ["--output", "relu"], ["--estimator", "rtrl"], ["--target", "test"],
                       ["--outer-steps", "many"], ["--outer-steps", 0], ["--minutes", -1], ["--minutes", "nan"],
                       ["--horizon", 30, "--truncation", 30], ["--horizon", 400, "--truncation", 300],
-                      ["--estimator", "pes", "--sigma", 0], ["--sigma", -1], ["--num-pairs", 0], ["--clip", 0],
+                      ["--estimator", "pes", "--sigma", 0], ["--sigma", -1], ["--num-pairs", 0], ["--clip", 0], ["--compare", 3],
                       ["--out", whole[0]], ["--out", tmp_path / "file"], [*TINY, "--out", tmp_path / "file" / "run"],
                       ["--resume", tmp_path / "nowhere"], ["--resume", tmp_path / "empty"],
                       ["--resume", tmp_path / "damaged"], ["--resume", tmp_path / "foreign"],
@@ -144,18 +145,19 @@ def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monk
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_the_outer_loss_is_the_log_of_the_relative_validation_loss():
+def test_the_outer_loss_is_the_log_of_the_relative_validation_loss_and_grows_with_time():
     family, learned = tasks.mlp(), model.per_parameter_mlp()
     theta = learned.init(jax.random.key(0))
-    problem = meta_train.inner_problem(family, learned, "valid")
+    problem = meta_train.inner_problem(family, learned, "valid", horizon=40)
     state = problem.reset(theta, jax.random.key(1))
     task, inner, begin = state
     assert begin == family.loss(task, inner.params, family.batch(
         task, jax.random.split(jax.random.key(1), 3)[2], "outer_valid"))
+    state = task, inner._replace(step=jnp.int32(29)), begin
     (_, after, _), loss = problem.step(theta, state, jax.random.key(2))
     step_key, batch_key = jax.random.split(jax.random.key(2))
     value = family.loss(task, after.params, family.batch(task, batch_key, "outer_valid"))
-    np.testing.assert_allclose(loss, np.log(value / begin + 0.001), rtol=1e-5)
+    np.testing.assert_allclose(loss, 3 * 0.75 ** 2 * np.log(value / begin + 0.001), rtol=1e-5)  # step 30 of 40
 
 
 @pytest.mark.parametrize("estimator", ["truncated_backprop", "es", "pes"])

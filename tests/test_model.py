@@ -102,10 +102,14 @@ def test_the_papers_output_form(make):
                      params, tree(0))
 
 
-def test_per_parameter_mlp_against_a_loop():
-    """Both output rows, written out with NumPy one tensor at a time, from P1's feature list."""
-    learned = model.per_parameter_mlp(hidden=8, layers=2, anchored=False)
+@pytest.mark.parametrize("anchored", [False, True])
+def test_per_parameter_mlp_against_a_loop(anchored):
+    """Both output forms, written out with NumPy one tensor at a time, from P1's feature list."""
+    learned = model.per_parameter_mlp(hidden=8, layers=2, anchored=anchored)
     theta = learned.init(jax.random.key(3))
+    keys = jax.random.split(jax.random.key(4), 3)
+    for key, name in zip(keys, ("step/w", "direct/d", "direct/a") if anchored else ()):
+        theta[name] = jax.random.normal(key, theta[name].shape)
     np_theta = {k: np.float64(x) for k, x in theta.items()}
 
     def rule(memory, g, w, t):
@@ -120,10 +124,15 @@ def test_per_parameter_mlp_against_a_loop():
         columns += [memory["m", b] for b in decays]
         columns += [memory["m", b] / np.sqrt(memory["v", b] + 1e-6) for b in decays]
         columns = [x / np.sqrt(1e-5 + np.mean(x ** 2)) for x in columns]
+        own = np.stack(columns)
         columns += [np.full(len(g), np.tanh(t / tau - 1)) for tau in (3, 10, 30, 100, 300, 1000, 3000, 10000, 300000)]
         h = np.stack(columns, 1)
         for i in range(2):
             h = np.maximum(h @ np_theta[f"mlp{i}/w"] + np_theta[f"mlp{i}/b"], 0)
+        if anchored:
+            adam = memory["m", 0.9] / (1 - 0.9 ** t) / (np.sqrt(memory["v", 0.999] / (1 - 0.999 ** t)) + 1e-8)
+            d, a = (h @ np_theta["step/w"]).T + np.stack([np_theta["direct/d"], np_theta["direct/a"]]) @ own
+            return (-np.exp(np_theta["log_lr"] + np.minimum(a, 1)) * (adam + d)).reshape(shape)
         d, a = (h @ np_theta["step/w"] + np_theta["step/b"]).T
         return (-0.001 * d * np.exp(0.001 * a)).reshape(shape)
     check(learned.optimizer(theta), rule)
@@ -145,7 +154,9 @@ def hierarchical_theta(make=model.hierarchical, seed=1):
     """Meta-parameters whose output layer is not silent."""
     learned = make()
     theta = learned.init(jax.random.key(seed))
-    return learned, theta | {"step/w": 0.1 * jax.random.normal(jax.random.key(2), theta["step/w"].shape)}
+    names = ("step/w", "direct/d", "direct/a")
+    return learned, theta | {name: 0.1 * jax.random.normal(key, theta[name].shape)
+                             for name, key in zip(names, jax.random.split(jax.random.key(2), len(names)))}
 
 
 def test_hierarchical_reads_both_losses_and_each_message_matters():
@@ -164,7 +175,8 @@ def test_hierarchical_reads_both_losses_and_each_message_matters():
     assert (moved(theta, [(1.0, 1.0), (0.9, 0.95), (0.8, 1.9)]) != base).any()
     assert (moved(theta, [(None, None)] * 3) != base).any()
     for name in ("initial/h", "initial/c", "initial/feedback", "initial/context", "condition/w", "context/w", "feedback/w",
-                 "lstm/w", "mlp0/w", "mlp1/w", "pace", "clip/log_rate", "clip/log_multiple"):
+                 "lstm/w", "mlp0/w", "mlp1/w", "pace", "schedule", "step/w", "direct/d", "direct/a", "log_lr",
+                 "clip/log_rate", "clip/log_multiple"):
         assert (moved(theta | {name: theta[name] + 0.5}, same) != base).any(), name
 
 
@@ -219,9 +231,9 @@ def test_update_in_jit_vmap_scan_and_grad(make):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-5), batched, train(theta, tree(1)))
     gradient = jax.jit(jax.grad(loss))(theta, tree(0))
     assert all(np.isfinite(g).all() for g in gradient.values())
-    key, eps = "step/b", 1e-2
-    shift = lambda s: loss(theta | {key: theta[key] + s * jnp.float32([1, 0])}, tree(0))
-    np.testing.assert_allclose(gradient[key][0], (shift(eps) - shift(-eps)) / (2 * eps), rtol=2e-2)
+    key, eps = "log_lr", 1e-2
+    shift = lambda s: loss(theta | {key: theta[key] + s}, tree(0))
+    np.testing.assert_allclose(gradient[key], (shift(eps) - shift(-eps)) / (2 * eps), rtol=2e-2)
 
 
 @pytest.mark.parametrize("make", [lambda: model.adam(0.1), *(lambda make=m: make().optimizer(make().init(jax.random.key(0)))
