@@ -140,19 +140,20 @@ def step_init(key, hidden, own, anchored):
     return dense_init(key, "step", hidden, 2)
 
 
-def step(theta, h, features, m, v, t, pace=0.0):
+def step(theta, h, features, sizes, m, v, t, pace=0.0):
     """From the last hidden layer h [H, n] and the features [F, n] it was made of to the parameters' change [n].
 
     The papers' form is 0.001 d exp(0.001 a), with d and a linear in h. The anchored form, this project's departure,
     scales and bends Adam's step: lr exp(min(a + pace, 1)) (m_hat / sqrt(v_hat) + d). There d and a also read the
-    features directly, so that a weight decay or another momentum is learned in a few steps. What d reads directly
-    changes sign with the gradient and the parameter, and it has no bias, because a constant push on all parameters
-    kills ReLU units, which costs much later and shows in no derivative. The limit of 1 is there for the same reason.
+    features directly, so that a weight decay or another momentum is learned in a few steps. What h adds to d has mean
+    zero in each tensor, and what d reads directly changes sign with the gradient and the parameter: pushing a whole
+    tensor one way kills ReLU units, which costs much later and shows in no derivative. Hence the limit of 1, too.
     """
     d, a = theta["step/w"].T @ h
     if "log_lr" not in theta:
         return -0.001 * (d + theta["step/b"][0]) * jnp.exp(0.001 * (a + theta["step/b"][1]))
-    d, a = d + theta["direct/d"] @ features[:ODD], a + theta["direct/a"] @ features + pace
+    d = d - per_parameter(per_tensor(d[None], sizes), sizes)[0] + theta["direct/d"] @ features[:ODD]
+    a = a + theta["direct/a"] @ features + pace
     return -jnp.exp(theta["log_lr"] + jnp.minimum(a, 1.0)) * (adam_direction(m, v, t) + d)
 
 
@@ -199,7 +200,7 @@ def per_parameter_mlp(hidden=32, layers=1, anchored=True):
             h = w_own.T @ features + bias[:, None]
             for i in range(1, layers):
                 h = theta[f"mlp{i}/w"].T @ jax.nn.relu(h) + theta[f"mlp{i}/b"][:, None]
-            return unravel(step(theta, jax.nn.relu(h), features, m, v, t)), Memory(m, v, t)
+            return unravel(step(theta, jax.nn.relu(h), features, sizes(params), m, v, t)), Memory(m, v, t)
 
         return Optimizer(memory_init, update)
 
@@ -352,7 +353,7 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
             features = normalised(jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8),
                                                    v, jax.lax.rsqrt(v + 1e-6)]), count)
             hidden_layer = mlp(features, told[:-1])
-            return unravel(step(theta, hidden_layer, features, m, v, t, told[-1])), HierarchicalState(
+            return unravel(step(theta, hidden_layer, features, count, m, v, t, told[-1])), HierarchicalState(
                 Memory(m, v, t), h, c, dense(theta, "feedback", per_tensor(hidden_layer, count).T),
                 jnp.mean(dense(theta, "context", h), 0), train, valid, size)
 

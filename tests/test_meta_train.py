@@ -45,9 +45,9 @@ def steps_logged(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run of 400 outer steps."""
+    """An uninterrupted run of 200 outer steps."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    code, out, err = run(*TINY, "--outer-steps", 400, "--out", folder, cwd=folder.parent)
+    code, out, err = run(*TINY, "--outer-steps", 200, "--out", folder, cwd=folder.parent)
     assert code == 0, err
     return folder, out
 
@@ -56,10 +56,10 @@ def test_a_run_ends_with_the_table_and_all_files(whole):
     folder, out = whole
     assert {"theta.npz", "checkpoint.npz", "log.csv", "curves.png", "comparison.png", "table.json"} == set(os.listdir(folder))
     assert "against tuned Adam" in out and "4 held-out tasks" in out and "first outer step" in out
-    assert steps_logged(folder) == list(range(1, 401))
+    assert steps_logged(folder) == list(range(1, 201))
     assert json.loads((folder / "table.json").read_text())["tasks"] == 4
     facts = model.about(folder / "theta.npz")
-    assert facts["outer_steps_done"] == 400 and facts["seed"] == 3 and facts["trained_on"] == "mlp"
+    assert facts["outer_steps_done"] == 200 and facts["seed"] == 3 and facts["trained_on"] == "mlp"
     assert all(np.isfinite(x).all() for x in theta_of(folder).values())
 
 
@@ -75,7 +75,7 @@ def wait_for_steps(process, folder, more):
 
 def test_kill_and_resume_is_bit_identical(whole, tmp_path):
     folder = tmp_path / "run"
-    process = start(*TINY, "--outer-steps", 400, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
+    process = start(*TINY, "--outer-steps", 200, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
     for more in (30, 45):
         wait_for_steps(process, folder, more)
         process.send_signal(signal.SIGKILL)
@@ -83,14 +83,14 @@ def test_kill_and_resume_is_bit_identical(whole, tmp_path):
         model.load(folder / "theta.npz")  # whole, wherever the kill hit
         process = start("--resume", folder, cwd=tmp_path)
     deadline = time.time() + 120
-    while model.about(folder / "theta.npz")["outer_steps_done"] < 400:
+    while model.about(folder / "theta.npz")["outer_steps_done"] < 200:
         assert time.time() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.1)
     process.kill()  # it would go on with the comparison
     process.communicate()
     mine, reference = theta_of(folder), theta_of(whole[0])
     assert all((mine[k] == reference[k]).all() for k in reference)
-    assert steps_logged(folder) == list(range(1, 401))
+    assert steps_logged(folder) == list(range(1, 201))
 
 
 def test_ctrl_c_saves_and_leaves(tmp_path):

@@ -131,7 +131,8 @@ def test_per_parameter_mlp_against_a_loop(anchored):
             h = np.maximum(h @ np_theta[f"mlp{i}/w"] + np_theta[f"mlp{i}/b"], 0)
         if anchored:
             adam = memory["m", 0.9] / (1 - 0.9 ** t) / (np.sqrt(memory["v", 0.999] / (1 - 0.999 ** t)) + 1e-8)
-            d, a = (h @ np_theta["step/w"]).T + np.stack([np_theta["direct/d"], np_theta["direct/a"]]) @ own
+            d, a = (h @ np_theta["step/w"]).T
+            d, a = d - d.mean() + np_theta["direct/d"] @ own, a + np_theta["direct/a"] @ own
             return (-np.exp(np_theta["log_lr"] + np.minimum(a, 1)) * (adam + d)).reshape(shape)
         d, a = (h @ np_theta["step/w"] + np_theta["step/b"]).T
         return (-0.001 * d * np.exp(0.001 * a)).reshape(shape)
