@@ -176,7 +176,7 @@ def picture(path, curves):
         axes[4].hist(np.clip(ratio(value), -1, 1), bins=np.linspace(-1, 1, 41), alpha=0.6, label=label)
     axes[4].axvline(0, color="black", lw=1)
     axes[4].set(title="all tasks", xlabel="log2(learned / tuned Adam)", ylabel="tasks")
-    axes[4].legend()
+    axes[4].legend(loc="upper left")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -202,6 +202,10 @@ def main():
     try:
         path = options.theta or newest_run()
         learned, theta = model.load(path)
+        target = options.picture or os.path.join(os.path.dirname(path), "comparison.png")
+        for file in (target, options.json):
+            if file and not os.path.isdir(os.path.dirname(file) or "."):
+                raise ValueError(f"There is no folder to write {file} to.")
     except ValueError as error:
         parser.error(str(error))
     print(f"{path}: {model.about(path)}")
@@ -209,7 +213,6 @@ def main():
     curves = compare(tasks.mlp("held_out"), learned, theta, options.tasks, options.horizon, options.seed)
     result = summary(curves)
     print_summary(result)
-    target = options.picture or os.path.join(os.path.dirname(path), "comparison.png")
     try:
         picture(target, curves)
         if options.json:

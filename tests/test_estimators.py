@@ -95,7 +95,7 @@ def test_truncated_estimators_miss_what_came_before(name, truncation):
     make, sigma = {"es": (estimators.es, 0.1), "truncated_backprop": (estimators.truncated_backprop, 0.0),
                    "smoothed_backprop": (estimators.truncated_backprop, 0.1)}[name]
     estimator = make(quadratic(), num_pairs=64, truncation=truncation, horizon=T, sigma=sigma, cap=1e6)
-    mean, error = draws(estimator, 4000)
+    mean, error = draws(estimator, 2000)
     np.testing.assert_array_less(np.abs(mean - truncated_truth(truncation)), 3 * error + 1e-3)
     assert (np.abs(mean - truth()) > 10 * error).any()  # and that is not the gradient of the episode
 
@@ -103,7 +103,7 @@ def test_truncated_estimators_miss_what_came_before(name, truncation):
 def test_without_truncation_all_agree():
     whole = dict(num_pairs=64, truncation=T, horizon=T, cap=1e6)
     for estimator in (estimators.es(quadratic(), sigma=0.1, **whole), estimators.pes(quadratic(), sigma=0.1, **whole)):
-        mean, error = draws(estimator, 4000)
+        mean, error = draws(estimator, 2000)
         np.testing.assert_array_less(np.abs(mean - truth()), 3 * error + 1e-3)
     exact = estimators.truncated_backprop(quadratic(), **whole)
     gradient, _, _ = exact.estimate(THETA, exact.init(THETA, jax.random.key(0)), jax.random.key(1))

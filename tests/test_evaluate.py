@@ -80,8 +80,8 @@ def test_summary_counts_wins_and_divergence():
 @pytest.fixture(scope="module")
 def theta(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "theta.npz"
-    sizes = {"lstm": 4, "hidden": 4}
-    model.save(path, "hierarchical", model.hierarchical(**sizes).init(jax.random.key(0)), sizes=sizes)
+    sizes = {"hidden": 4}
+    model.save(path, "per_parameter_mlp", model.per_parameter_mlp(**sizes).init(jax.random.key(0)), sizes=sizes)
     return path
 
 
@@ -102,7 +102,7 @@ def test_user_errors_end_in_one_sentence(theta, tmp_path, monkeypatch, capsys):
     np.savez(tmp_path / "other.npz", x=np.ones(2))
     for arguments in ([], ["missing.npz"], ["foreign.npz"], ["other.npz"], [theta, "--tasks", 0], [theta, "--horizon", 30],
                       [theta, "--nonsense"], [theta, "--tasks", "many"],
-                      [theta, "--tasks", 4, "--horizon", 20, "--picture", "no/such/folder/picture.png"]):
+                      [theta, "--picture", "no/such/folder/picture.png"], [theta, "--json", "no/such/folder/table.json"]):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             evaluate.main()

@@ -110,7 +110,7 @@ def test_a_vmapped_step_matches_a_loop_over_tasks():
         return inner.params
     together = jax.jit(jax.vmap(train))(keys)
     for i, key in enumerate(keys):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, atol=1e-5), together, train(key))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, atol=1e-4), together, train(key))
 
 
 def test_tasks_differ_are_deterministic_and_stay_in_range():
@@ -150,7 +150,7 @@ def test_batches_come_from_their_split_with_the_tasks_noise():
         images = (pixels(split) - mean)[task.classes]
         for i in range(5):
             match = np.abs(images[y[i]].reshape(-1, 64) * task.input_scale - x[i][None]).max(1).min()
-            assert match < 1e-5
+            assert match < 1e-4  # a grey level is 0.004
         assert weight.sum() == (13 if split == "train" else 64)
     noisy = task._replace(input_noise=jnp.float32(0.2), label_noise=jnp.float32(0.25))
     x, y, _ = jax.vmap(lambda k: FAMILY.batch(noisy, k, "train"))(jax.random.split(jax.random.key(0), 300))
