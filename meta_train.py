@@ -102,7 +102,7 @@ def make_outer(settings):
     clip = {"clip": settings.clip} if settings.estimator == "truncated_backprop" else {}
     estimator = getattr(estimators, settings.estimator)(
         problem, num_pairs=settings.num_pairs, truncation=settings.truncation, horizon=settings.horizon,
-        sigma=settings.sigma, cap=3 * jnp.log(10.0), **clip)  # P1 caps the loss itself at 10
+        sigma=settings.sigma, cap=3 * jnp.log(10.0), **clip)  # P1 caps the loss itself at 10; 3 is its largest weight
     adam = model.nadamw(settings.learning_rate, nesterov=False, warmup=10, horizon=settings.outer_steps)
 
     def start(key):
