@@ -1,6 +1,7 @@
 """Meta-train a learned optimizer: `python meta_train.py`, and nothing else, learns one that beats tuned Adam.
 
-The loop in `train` is the whole program: estimate the meta-gradient, clip it, let Adam move theta.
+The loop in `train` is the whole program: estimate the meta-gradient, clip it, let Adam move theta. At the end
+`fit_step_size` mends by trial the one thing that backprop gets wrong.
 """
 import argparse
 import concurrent.futures
@@ -34,16 +35,17 @@ class Settings:
     estimator: str = flag("truncated_backprop", "of the meta-gradient: truncated_backprop, es or pes")
     target: str = flag("valid", "the loss that theta is for: valid (held-out batches, as both papers advise) or train")
     outer_steps: int = flag(340, "updates of theta; the outer learning rate falls to zero over them")
-    minutes: float = flag(8.3, "stop then even if steps are left, and compare; counted from each launch")
+    minutes: float = flag(7.8, "stop then even if steps are left, fit and compare; counted from each launch")
     save_seconds: float = flag(30.0, "time between two saves")
     seed: int = flag(0, "of theta, tasks and noise")
     horizon: int = flag(400, "T, inner steps of an episode")
     truncation: int = flag(400, "K, inner steps of one unroll; only K = T leaves backprop without truncation bias")
     num_pairs: int = flag(2, "N, antithetic pairs (of trajectories; without noise each pair is a single one)")
     sigma: float = flag(0.0, "standard deviation of the smoothing noise on theta; es and pes need some")
-    adjoint: float = flag(0.1, "largest norm of the signal that backprop sends from one inner step to the one before")
+    adjoint: float = flag(0.3, "largest norm of the signal that backprop sends from one inner step to the one before")
     clip: float = flag(0.3, "largest norm of one trajectory's gradient (truncated_backprop only)")
     learning_rate: float = flag(6e-3, "of the outer Adam at its start")
+    fit: int = flag(64, "meta-training tasks that fit the step size at the end (0: leave it; anchored only)")
     compare: int = flag(64, "held-out tasks of the comparison at the end")
 
 
@@ -51,6 +53,7 @@ RECIPES = {"truncated_backprop": {},
            "es": dict(outer_steps=5000, truncation=20, num_pairs=16, sigma=0.01, learning_rate=1e-3),
            "pes": dict(outer_steps=5000, truncation=20, num_pairs=16, sigma=0.01, learning_rate=1e-3)}
 SPLITS = {"valid": "outer_valid", "train": "train"}  # where the batches of the outer loss come from
+MULTIPLES = 2.0 ** np.arange(-1.5, 0.6, 0.5)  # of the step size, tried by `fit_step_size`
 COLUMNS = ("step", "loss", "smoothed", "gradient", "capped", "dropped", "seconds")
 
 
@@ -63,13 +66,23 @@ class Run(NamedTuple):
     smoothed: jax.Array  # running mean of the outer loss
 
 
+def outer_loss(loss, start, progress):
+    """6 (t/T)^2 sqrt(l / l_0): what a loss l counts after inner step t of T (progress = t/T) in a task that began at l_0.
+
+    Dividing by l_0 makes tasks comparable (P2 section 3.2 normalises for the same end). The rest is this project's: the
+    root lets neither the tasks that can be solved dominate, as the logarithm would, nor those that can't, as l / l_0
+    would; and where training ends matters more than how it begins. The 1e-6 keeps the root differentiable at l = 0.
+    """
+    return 6 * progress ** 2 * jnp.sqrt(loss / start + 1e-6)
+
+
+CAP = 6 * 10 ** 0.5  # the outer loss of ten times the start, at the end; P1 caps the loss itself at 10
+
+
 def inner_problem(family, learned, target, horizon, adjoint=jnp.inf):
     """Training one task of `family` with the learned optimizer, as something an estimator can unroll.
 
-    The loss after inner step t is 3 (t/T)^2 log(l / l_0), where l is the loss of one outer_valid (or train) batch and l_0
-    the task's loss before training: a tenth off the loss is worth the same in every task, so that no task dominates (P2
-    section 3.2 normalises for the same end). The 0.001 stops a solved task from counting without bound. The weights, 1
-    on average over an episode, are this project's: where training ends matters more than how it begins.
+    The loss after an inner step is `outer_loss` of one outer_valid (or train) batch.
     """
     split = SPLITS[target]
 
@@ -85,7 +98,7 @@ def inner_problem(family, learned, target, horizon, adjoint=jnp.inf):
         inner = inner._replace(params=estimators.bounded_adjoint(inner.params, adjoint))
         inner = tasks.inner_step(family, learned.optimizer(theta), task, inner, step_key)
         loss = family.loss(task, inner.params, family.batch(task, batch_key, split))
-        return (task, inner, start), 3 * (inner.step / horizon) ** 2 * jnp.log(loss / start + 0.001)
+        return (task, inner, start), outer_loss(loss, start, inner.step / horizon)
 
     return estimators.InnerProblem(reset, step)
 
@@ -102,7 +115,7 @@ def make_outer(settings):
     clip = {"clip": settings.clip} if settings.estimator == "truncated_backprop" else {}
     estimator = getattr(estimators, settings.estimator)(
         problem, num_pairs=settings.num_pairs, truncation=settings.truncation, horizon=settings.horizon,
-        sigma=settings.sigma, cap=3 * jnp.log(10.0), **clip)  # P1 caps the loss itself at 10; 3 is its largest weight
+        sigma=settings.sigma, cap=CAP, **clip)
     adam = model.nadamw(settings.learning_rate, nesterov=False, warmup=10, horizon=settings.outer_steps)
 
     def start(key):
@@ -165,6 +178,36 @@ def train(settings, folder, run, outer_step, launch):
     return run
 
 
+def fit_step_size(settings, theta):
+    """Theta with its step size multiplied by whatever makes the mean outer loss of fresh meta-training tasks least.
+
+    Backprop is blind to the late cost of steps that kill units, and ends with steps that are too long. One number needs
+    no gradient: five multiples are tried, and the parabola through their outer losses has its lowest point somewhere.
+    """
+    family, split = tasks.mlp(), SPLITS[settings.target]
+    watched = family._replace(batch=lambda task, key, s: family.batch(task, key, split if s == "test" else s))
+    learned = model.LEARNED[settings.optimizer](**sizes(settings))
+    variants = jax.tree.map(lambda x: jnp.stack([x] * len(MULTIPLES)), theta)
+    variants["log_lr"] += jnp.log(jnp.float32(MULTIPLES))
+    keys = jax.random.split(jax.random.key(settings.seed), settings.fit)
+    losses = evaluate.learning_curves(watched, learned.optimizer, variants, keys, settings.horizon)[..., 1]
+    progress = np.linspace(0, 1, losses.shape[-1])[None, None, 1:]
+    values = np.array(outer_loss(losses[..., 1:], losses[..., :1], progress))  # [tasks, multiples, points]
+    values = np.where(np.isfinite(values), np.minimum(values, CAP), CAP).mean((0, 2))
+    multiple = lowest_point(MULTIPLES, values)
+    print("outer loss at " + ", ".join(f"{m:.2f} x: {v:.4f}" for m, v in zip(MULTIPLES, values))
+          + f"; step size multiplied by {multiple:.2f}")
+    return theta | {"log_lr": theta["log_lr"] + jnp.float32(np.log(multiple))}
+
+
+def lowest_point(multiples, values):
+    """Of the parabola through the values over the logarithm of the multiples; within their range, best if not convex."""
+    curvature, slope, _ = np.polyfit(np.log(multiples), values, 2)
+    if curvature <= 0:
+        return multiples[np.argmin(values)]
+    return float(np.clip(np.exp(-slope / (2 * curvature)), multiples[0], multiples[-1]))
+
+
 # ---------------------------------------------------------------- on disk and on screen
 
 def save(settings, folder, run):
@@ -173,9 +216,13 @@ def save(settings, folder, run):
     leaves = [np.asarray(x) for x in jax.tree.leaves(jax.device_get(run))]
     write("checkpoint.npz", {"settings": np.array(json.dumps(dataclasses.asdict(settings))),
                              **{f"leaf{i:04}": x for i, x in enumerate(leaves)}})
+    save_theta(settings, folder, run)
+    draw_curves(folder)
+
+
+def save_theta(settings, folder, run):
     model.save(os.path.join(folder, "theta.npz"), settings.optimizer, run.theta, sizes=sizes(settings),
                trained_on="mlp", outer_steps_done=int(run.step), **dataclasses.asdict(settings))
-    draw_curves(folder)
 
 
 def restore(path, arrays, fresh):
@@ -194,7 +241,7 @@ def draw_curves(folder):
     figure, axes = evaluate.plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     axes[0].plot(column("step"), column("loss"), lw=0.5, alpha=0.5)
     axes[0].plot(column("step"), column("smoothed"))
-    axes[0].set(xlabel="outer step", ylabel="outer loss: weighted mean of log(loss / start)")
+    axes[0].set(xlabel="outer step", ylabel="outer loss")
     axes[1].semilogy(column("step"), column("gradient"), lw=0.7)
     axes[1].set(xlabel="outer step", ylabel="norm of the meta-gradient")
     partial = os.path.join(folder, "curves.partial.png")
@@ -254,7 +301,7 @@ def parse():
             if set(stored) != {field.name for field in dataclasses.fields(Settings)}:
                 raise ValueError(f"{path} is not a checkpoint of this program.")
             for name in given:
-                if name not in ("minutes", "compare") and given[name] != stored[name]:
+                if name not in ("minutes", "fit", "compare") and given[name] != stored[name]:
                     raise ValueError(f"{folder} was begun with {name} = {stored[name]}, not {given[name]}: "
                                      "resume it without that flag, or start a new run.")
             given = stored | given
@@ -278,6 +325,8 @@ def check(settings):
     for name in ("outer_steps", "minutes", "save_seconds", "horizon", "truncation", "num_pairs", "adjoint", "clip", "learning_rate"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}.")
+    if settings.fit < 0:
+        raise ValueError(f"--fit must not be negative, it is {settings.fit}.")
     if settings.compare < 4:
         raise ValueError(f"--compare must be at least 4, not {settings.compare}.")
     if settings.horizon % settings.truncation or settings.horizon % evaluate.EVERY:
@@ -302,6 +351,9 @@ def main():
         print(f"{folder}: {settings}\n{sum(x.size for x in run.theta.values())} meta-parameters, "
               f"pairs on {len(run.step.sharding.device_set)} devices")
         run = train(settings, folder, run, outer_step, launch)
+        if settings.fit and "log_lr" in run.theta:
+            run = run._replace(theta=fit_step_size(settings, run.theta))
+            save_theta(settings, folder, run)  # the checkpoint keeps the theta to go on from
         print_comparison(settings, folder, run)
         print(f"{time.time() - launch:.0f} s since launch; results in {folder}")
     except KeyboardInterrupt:

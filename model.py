@@ -140,7 +140,7 @@ def step_init(key, hidden, own, anchored):
     return dense_init(key, "step", hidden, 2)
 
 
-def step(theta, h, features, sizes, m, v, t, pace=0.0):
+def step(theta, h, features, sizes, adam_direction, pace=0.0):
     """From the last hidden layer h [H, n] and the features [F, n] it was made of to the parameters' change [n].
 
     The papers' form is 0.001 d exp(0.001 a), with d and a linear in h. The anchored form, this project's departure,
@@ -154,13 +154,25 @@ def step(theta, h, features, sizes, m, v, t, pace=0.0):
         return -0.001 * (d + theta["step/b"][0]) * jnp.exp(0.001 * (a + theta["step/b"][1]))
     d = d - per_parameter(per_tensor(d[None], sizes), sizes)[0] + theta["direct/d"] @ features[:ODD]
     a = a + theta["direct/a"] @ features + pace
-    return -jnp.exp(theta["log_lr"] + jnp.minimum(a, 1.0)) * (adam_direction(m, v, t) + d)
+    return -jnp.exp(theta["log_lr"] + jnp.minimum(a, 1.0)) * (adam_direction + d)
 
 
-def adam_direction(m, v, t):
-    """[5, n], [5, n] -> [n]. The 1e-30 keeps the square root differentiable where no gradient was ever seen."""
-    m_hat, v_hat = m[B1] / (1 - DECAYS[B1, 0] ** t), v[B2] / (1 - DECAYS[B2, 0] ** t)
+def directions(m, v, t):
+    """Adam's direction for each of the five momenta: [5, n], [5, n] -> [5, n].
+
+    The 1e-30 keeps the square root differentiable where no gradient was ever seen.
+    """
+    m_hat, v_hat = m / (1 - DECAYS ** t), v[B2:B2 + 1] / (1 - DECAYS[B2, 0] ** t)
     return m_hat / (jnp.sqrt(v_hat + 1e-30) + 1e-8)
+
+
+def signal_to_noise(directions, v, t, sizes):
+    """How well the gradients of a tensor agree over the span of each average: [5, n] -> [5, tensors], in decibels above
+    gradients of pure noise. Parameters that never had a gradient (padding, dead units) do not count."""
+    seen = v[B2:B2 + 1] > 0
+    power = per_tensor(jnp.concatenate([directions ** 2, seen]), sizes)
+    noise = (1 - DECAYS) / (1 + DECAYS) * (1 + DECAYS ** t) / (1 - DECAYS ** t)  # of an average of white noise of power 1
+    return 10 * jnp.log10(power[:-1] / (power[-1:] + 1e-8) / noise + 0.1)
 
 
 # ---------------------------------------------------------------- P1: one small MLP, run on each parameter
@@ -200,7 +212,8 @@ def per_parameter_mlp(hidden=32, layers=1, anchored=True):
             h = w_own.T @ features + bias[:, None]
             for i in range(1, layers):
                 h = theta[f"mlp{i}/w"].T @ jax.nn.relu(h) + theta[f"mlp{i}/b"][:, None]
-            return unravel(step(theta, jax.nn.relu(h), features, sizes(params), m, v, t)), Memory(m, v, t)
+            updates = step(theta, jax.nn.relu(h), features, sizes(params), directions(m, v, t)[B1])
+            return unravel(updates), Memory(m, v, t)
 
         return Optimizer(memory_init, update)
 
@@ -264,8 +277,8 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
     the validation loss compare with the recent training loss, what the tensor's MLP reported, and the mean of all LSTMs.
     Per parameter, an MLP with two hidden layers reads that parameter's features, sinusoids of time, and the LSTM's
     message. Gradients are clipped at a learned multiple of their running size; all initial states are learned.
-    Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads the signal-to-noise ratio, and, where
-    the output is anchored, it and the time set the pace of their tensor directly.
+    Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads how well the gradients agree, and,
+    where the output is anchored, that, the time and the LSTM set the pace of their tensor directly.
     """
     timescales = np.float32([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])[:, None]
     own = ODD + 1 + 2 * len(DECAYS)  # features of a parameter; what all parameters of a tensor share enters as a bias
@@ -274,14 +287,15 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
     def init(key):
         keys = iter(jax.random.split(key, 9))
         return {
-            **dense_init(next(keys), "lstm", 19 + FEEDBACK + CONTEXT + lstm, 4 * lstm),
+            **dense_init(next(keys), "lstm", 23 + FEEDBACK + CONTEXT + lstm, 4 * lstm),
             **dense_init(next(keys), "condition", lstm, CONDITION),
             **dense_init(next(keys), "context", lstm, CONTEXT),
             **dense_init(next(keys), "mlp0", own + shared, hidden),
             **dense_init(next(keys), "mlp1", hidden, hidden),
             **dense_init(next(keys), "feedback", hidden, FEEDBACK),
             **step_init(next(keys), hidden, own, anchored),
-            **({"pace": jnp.zeros(lstm), "schedule": jnp.zeros(len(timescales))} if anchored else {}),
+            **({"pace/lstm": jnp.zeros(lstm), "pace/time": jnp.zeros(len(timescales)),
+                "pace/signal": jnp.zeros(len(DECAYS))} if anchored else {}),
             "initial/h": jnp.zeros(lstm), "initial/c": jnp.zeros(lstm),
             "initial/feedback": 0.1 * jax.random.normal(next(keys), (FEEDBACK,)),
             "initial/context": 0.1 * jax.random.normal(next(keys), (CONTEXT,)),
@@ -309,14 +323,14 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
             return jnp.stack([0.0 if loss is None else surprise(train, loss),
                               jnp.where(valid.count > 0, surprise(train, valid_mean), 0.0)])
 
-        def statistics(g, w, m, v, direction, params):
-            """What the LSTM knows of each tensor: raveled inputs -> [tensors, 17]; and the mean of w^2, [tensors]."""
+        def statistics(g, w, m, v, params):
+            """What the LSTM knows of each tensor: raveled inputs -> [tensors, 16]; and the mean of w^2, [tensors]."""
             count = np.array(sizes(params))
             means, squares = jnp.split(per_tensor(jnp.stack([
-                jnp.mean(m, 0), jnp.mean(v, 0), w, jnp.mean(m * m, 0), jnp.mean(v * v, 0), w * w, g * g, direction ** 2,
-            ]), count), [3])  # [3, tensors], [5, tensors]
+                jnp.mean(m, 0), jnp.mean(v, 0), w, jnp.mean(m * m, 0), jnp.mean(v * v, 0), w * w, g * g,
+            ]), count), [3])  # [3, tensors], [4, tensors]
             norms = jnp.sqrt(count[None] * squares[2:4] + 1e-16)  # of w and g
-            logs = log_size(jnp.concatenate([means, squares[:3] - means ** 2, norms, squares[4:]]))  # [9, tensors]
+            logs = log_size(jnp.concatenate([means, squares[:3] - means ** 2, norms]))  # [8, tensors]
             shapes = [(*x.shape, 1, 1, 1, 1)[:4] for x in jax.tree.leaves(params)]
             scalar = [1.0 if x.ndim == 0 else -1.0 for x in jax.tree.leaves(params)]
             known = np.concatenate([np.array(scalar)[:, None], np.log(np.maximum(shapes, 1)) - 1], 1)
@@ -339,21 +353,24 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
             m, v, t = averages(state.memory.m, g), averages(state.memory.v, g * g), state.memory.t + 1
             train, valid = observe(state.train, loss, TRAIN_DECAY), observe(state.valid, valid_loss, VALID_DECAY)
 
-            known, w_square = statistics(g, w, m, v, adam_direction(m, v, t), params)
+            known, w_square = statistics(g, w, m, v, params)
+            adams = directions(m, v, t)
+            signal = signal_to_noise(adams, v, t, count)
             everywhere = jnp.tile(jnp.concatenate([loss_features(train, valid, loss), state.context]), (len(count), 1))
-            h, c = lstm_step(jnp.concatenate([known, everywhere, state.feedback], 1), state.h, state.c)
+            h, c = lstm_step(jnp.concatenate([known, signal.T / 10, everywhere, state.feedback], 1), state.h, state.c)
 
             logs = [jnp.full(len(count), np.log(len(count)) - 1), 0.5 * jnp.log(count * w_square + 1e-8),
                     np.log(np.maximum(count, 1))]
             time = jnp.tile(jnp.sin(t / (np.pi * timescales)), (1, len(count)))
             condition = jnp.concatenate([dense(theta, "condition", h).T, jnp.stack(logs), time])  # [shared, tensors]
             bias = theta["mlp0/w"][own:].T @ condition + theta["mlp0/b"][:, None]
-            pace = h @ theta["pace"] + theta["schedule"] @ time if anchored else jnp.zeros(len(count))
+            pace = h @ theta["pace/lstm"] + theta["pace/time"] @ time + theta["pace/signal"] @ signal \
+                if anchored else jnp.zeros(len(count))
             told = per_parameter(jnp.concatenate([bias, pace[None]]), count)  # [hidden + 1, parameters]
             features = normalised(jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8),
                                                    v, jax.lax.rsqrt(v + 1e-6)]), count)
             hidden_layer = mlp(features, told[:-1])
-            return unravel(step(theta, hidden_layer, features, count, m, v, t, told[-1])), HierarchicalState(
+            return unravel(step(theta, hidden_layer, features, count, adams[B1], told[-1])), HierarchicalState(
                 Memory(m, v, t), h, c, dense(theta, "feedback", per_tensor(hidden_layer, count).T),
                 jnp.mean(dense(theta, "context", h), 0), train, valid, size)
 

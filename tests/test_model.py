@@ -151,6 +151,22 @@ def test_loss_features():
         assert jax.tree.all(jax.tree.map(jnp.array_equal, model.observe(average, ignored, 0.9), average))
 
 
+@pytest.mark.parametrize("steady", [True, False])
+def test_signal_to_noise(steady):
+    """Pure noise has 0 decibels, whatever the decay and the step. A steady gradient has as many as an average takes off
+    noise: one over the sum of its squared weights. A parameter without any gradient does not count."""
+    steps, n = 60, 1 if steady else 20000
+    gradients = np.ones((steps, n)) if steady else np.random.default_rng(0).standard_normal((steps, n))
+    gradients = np.concatenate([gradients, np.zeros((steps, n))], 1)
+    decays = np.array([[0.5], [0.9], [0.99], [0.999], [0.9999]])
+    weights = (1 - decays) * decays ** np.arange(steps)[::-1]  # [5, steps], of the gradients in an average
+    m, v = (jnp.float32(weights @ x) for x in (gradients, gradients ** 2))
+    found = model.signal_to_noise(model.directions(m, v, jnp.int32(steps)), v, jnp.int32(steps), [2 * n])[:, 0]
+    share = weights / weights.sum(1, keepdims=True)
+    ratio = 1 / (share ** 2).sum(1) if steady else np.ones(5)
+    np.testing.assert_allclose(found, 10 * np.log10(ratio + 0.1), atol=2e-3 if steady else 0.3)
+
+
 def hierarchical_theta(make=model.hierarchical, seed=1):
     """Meta-parameters whose output layer is not silent."""
     learned = make()
@@ -176,7 +192,7 @@ def test_hierarchical_reads_both_losses_and_each_message_matters():
     assert (moved(theta, [(1.0, 1.0), (0.9, 0.95), (0.8, 1.9)]) != base).any()
     assert (moved(theta, [(None, None)] * 3) != base).any()
     for name in ("initial/h", "initial/c", "initial/feedback", "initial/context", "condition/w", "context/w", "feedback/w",
-                 "lstm/w", "mlp0/w", "mlp1/w", "pace", "schedule", "step/w", "direct/d", "direct/a", "log_lr",
+                 "lstm/w", "mlp0/w", "mlp1/w", "pace/lstm", "pace/time", "pace/signal", "step/w", "direct/d", "direct/a", "log_lr",
                  "clip/log_rate", "clip/log_multiple"):
         assert (moved(theta | {name: theta[name] + 0.5}, same) != base).any(), name
 
