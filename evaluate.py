@@ -176,7 +176,8 @@ def picture(path, curves):
         axes[4].hist(np.clip(ratio(value), -1, 1), bins=np.linspace(-1, 1, 41), alpha=0.6, label=label)
     axes[4].axvline(0, color="black", lw=1)
     axes[4].set(title="all tasks", xlabel="log2(learned / tuned Adam)", ylabel="tasks")
-    axes[4].legend(loc="upper left")
+    axes[4].margins(y=0.35)  # room for the legend
+    axes[4].legend(loc="upper right")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

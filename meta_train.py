@@ -1,7 +1,7 @@
 """Meta-train a learned optimizer: `python meta_train.py`, and nothing else, learns one that beats tuned Adam.
 
 The loop in `train` is the whole program: estimate the meta-gradient, clip it, let Adam move theta. At the end
-`fit_step_size` mends by trial the one thing that backprop gets wrong.
+`fit_step_size` mends by trial what backprop was seen to get wrong: the size of the steps.
 """
 import argparse
 import concurrent.futures
