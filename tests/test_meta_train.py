@@ -56,7 +56,7 @@ def whole(tmp_path_factory):
 def test_a_run_ends_with_the_table_and_all_files(whole):
     folder, out = whole
     assert {"theta.npz", "checkpoint.npz", "log.csv", "curves.png", "comparison.png", "table.json"} == set(os.listdir(folder))
-    assert "step size multiplied by" in out and "against tuned Adam" in out and "4 held-out tasks" in out and "first outer step" in out
+    assert all(words in out for words in ("first outer step", "step size multiplied by", "4 held-out tasks", "against tuned Adam"))
     assert steps_logged(folder) == list(range(1, 201))
     assert json.loads((folder / "table.json").read_text())["tasks"] == 4
     facts = model.about(folder / "theta.npz")
@@ -181,6 +181,13 @@ def test_the_fitted_step_size_is_the_lowest_point_of_a_parabola():
     np.testing.assert_allclose(meta_train.lowest_point(multiples, 3 + 0.2 * (np.log(multiples) - np.log(0.6)) ** 2), 0.6)
     assert meta_train.lowest_point(multiples, (np.log(multiples) - 5) ** 2) == multiples[-1]
     assert meta_train.lowest_point(multiples, -(np.log(multiples) - 0.1) ** 2) == multiples[0]
+
+
+def test_the_fit_slows_down_what_is_far_too_fast():
+    """Adam (the output layer is silent) at a rate of 0.3; the losses, not the parabola, must say that less is better."""
+    settings = meta_train.Settings(optimizer="per_parameter_mlp", horizon=20, truncation=20, fit=8)
+    theta = model.per_parameter_mlp().init(jax.random.key(0)) | {"log_lr": jnp.log(0.3)}
+    assert meta_train.fit_step_size(settings, theta)["log_lr"] < theta["log_lr"] - 0.5
 
 
 def test_the_fit_multiplies_the_step_size_and_nothing_else(whole):
