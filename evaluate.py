@@ -182,6 +182,16 @@ def picture(path, curves):
     plt.close(figure)
 
 
+def configure_jax():
+    """One device per core, since small steps don't fill two from one; and compiled programs are kept for the next launch.
+
+    They are in matplotlib's cache folder, or wherever the environment's JAX_COMPILATION_CACHE_DIR says.
+    """
+    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(matplotlib.get_cachedir(), "learned_optimizer_programs"))
+
+
 def newest_run():
     runs = sorted(glob.glob("runs/*/theta.npz"), key=os.path.getmtime)
     if not runs:
@@ -225,5 +235,5 @@ def main():
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    configure_jax()
     main()

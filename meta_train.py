@@ -363,5 +363,5 @@ def main():
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())  # one device per core: small steps do not fill two from one
+    evaluate.configure_jax()
     main()

@@ -29,9 +29,10 @@ def test_a_learning_curve_is_that_of_a_plain_loop():
     task = family.sample(task_key)
     params, t = family.init(task, init_key), 0
     state = optimizer.init(params)
+    gradient = jax.jit(lambda params, k: jax.grad(family.loss, argnums=1)(task, params, family.batch(task, k, "train")))
     for segment in jax.random.split(step_key, 2):
         for k in jax.random.split(segment, 20):
-            grads = jax.grad(family.loss, argnums=1)(task, params, family.batch(task, jax.random.split(k)[0], "train"))
+            grads = gradient(params, jax.random.split(k)[0])
             updates, state = optimizer.update(grads, state, params)
             params = jax.tree.map(jnp.add, params, updates)
     losses = [family.loss(task, params, family.batch(task, k, "test")) for k in jax.random.split(measure_key, 8)]
