@@ -91,6 +91,14 @@ B1, B2 = 1, 3                                                    # Adam's two am
 ODD = 2 + 2 * len(DECAYS)  # features that change sign with the gradient and the parameter; they come first
 
 
+TIMES = np.float32([3, 10, 30, 100, 300, 1000, 3000, 10000, 300000])  # scales of P1's features of time, in steps
+
+
+def tanh_times(t):
+    """P1's features of time, [9]."""
+    return jnp.tanh(t / TIMES - 1)
+
+
 def averages(x, g):
     """The five running averages x [5, n] with one more g [n]; no bias correction."""
     return DECAYS * x + (1 - DECAYS) @ g[None]
@@ -111,9 +119,15 @@ def per_parameter(x, sizes):
     return jnp.concatenate([jnp.broadcast_to(x[:, i:i + 1], (len(x), n)) for i, n in enumerate(sizes)], 1)
 
 
-def normalised(x, sizes):
-    """Each feature over its root mean square in its tensor (P1; not centred): [F, parameters] -> the same."""
-    return x * per_parameter(jax.lax.rsqrt(1e-5 + per_tensor(x * x, sizes)), sizes)
+def normalised(x, seen, sizes):
+    """Each feature over its root mean square in its tensor (P1; not centred), within +-5: [F, parameters] -> the same.
+
+    P2 (appendix C.4) clips, too, and calls it crucial; its bound is not given. Parameters that never had a gradient
+    (`seen` [parameters] is false: padding, dead units) are not part of the mean.
+    """
+    parts = zip(*(jnp.split(y, np.cumsum(sizes)[:-1], axis=-1) for y in (x * x, seen.astype(x.dtype))))
+    power = jnp.stack([squares @ s / (jnp.sum(s) + 1e-8) for squares, s in parts], 1)  # [F, tensors]
+    return jnp.clip(x * per_parameter(jax.lax.rsqrt(1e-5 + power), sizes), -5, 5)
 
 
 def parameter_features(g, w, m, v):
@@ -140,20 +154,25 @@ def step_init(key, hidden, own, anchored):
     return dense_init(key, "step", hidden, 2)
 
 
-def step(theta, h, features, sizes, adam_direction, pace=0.0):
+def step(theta, h, features, sizes, adam_direction, steer=None):
     """From the last hidden layer h [H, n] and the features [F, n] it was made of to the parameters' change [n].
 
     The papers' form is 0.001 d exp(0.001 a), with d and a linear in h. The anchored form, this project's departure,
-    scales and bends Adam's step: lr exp(min(a + pace, 1)) (m_hat / sqrt(v_hat) + d). There d and a also read the
-    features directly, so that a weight decay or another momentum is learned in a few steps. What h adds to d has mean
-    zero in each tensor, and what d reads directly changes sign with the gradient and the parameter: pushing a whole
-    tensor one way kills ReLU units, which costs much later and shows in no derivative. Hence the limit of 1, too.
+    scales and bends Adam's step: lr exp(min(a, 1)) (m_hat / sqrt(v_hat) + d). There d and a also read the features
+    directly, so that a weight decay or another momentum is learned in a few steps; `steer` [1 + ODD, tensors] adds to a
+    and, up to 1, to the weights of what d reads, tensor by tensor. What h adds to d has mean zero in each tensor, and what d reads
+    directly changes sign with the gradient and the parameter: pushing a whole tensor one way kills ReLU units, which
+    costs much later and shows in no derivative. Hence the limit of 1, too.
     """
     d, a = theta["step/w"].T @ h
     if "log_lr" not in theta:
         return -0.001 * (d + theta["step/b"][0]) * jnp.exp(0.001 * (a + theta["step/b"][1]))
-    d = d - per_parameter(per_tensor(d[None], sizes), sizes)[0] + theta["direct/d"] @ features[:ODD]
-    a = a + theta["direct/a"] @ features + pace
+    weights = jnp.tile(theta["direct/d"][:, None], len(sizes))  # [ODD, tensors]
+    a = a + theta["direct/a"] @ features
+    if steer is not None:
+        a, weights = a + per_parameter(steer[:1], sizes)[0], weights + jnp.tanh(steer[1:])
+    parts = jnp.split(features[:ODD], np.cumsum(sizes)[:-1], axis=1)
+    d = d - per_parameter(per_tensor(d[None], sizes), sizes)[0] + jnp.concatenate([w @ x for w, x in zip(weights.T, parts)])
     return -jnp.exp(theta["log_lr"] + jnp.minimum(a, 1.0)) * (adam_direction + d)
 
 
@@ -175,6 +194,13 @@ def signal_to_noise(directions, v, t, sizes):
     return 10 * jnp.log10(power[:-1] / (power[-1:] + 1e-8) / noise + 0.1)
 
 
+def resting(g, v, sizes):
+    """The share of a tensor's parameters that had a gradient once and have none in this step -> [tensors]. Dying units show."""
+    seen = v[B2] > 0
+    seen, still = per_tensor(jnp.stack([seen, seen & (g == 0)]).astype(g.dtype), sizes)
+    return still / (seen + 1e-8)
+
+
 # ---------------------------------------------------------------- P1: one small MLP, run on each parameter
 
 class Memory(NamedTuple):
@@ -192,11 +218,9 @@ def per_parameter_mlp(hidden=32, layers=1, anchored=True):
     """P1's optimizer (its released code; `layers=2` is the later LOLv2): features of one parameter and the time go
     through `layers` hidden layers of `hidden` units to a direction and a magnitude, with the same weights everywhere.
     """
-    timescales = np.float32([3, 10, 30, 100, 300, 1000, 3000, 10000, 300000])
-
     def init(key):
         keys = jax.random.split(key, layers + 1)
-        theta = dense_init(keys[0], "mlp0", ODD + len(timescales), hidden)  # the time is the same for all: a bias
+        theta = dense_init(keys[0], "mlp0", ODD + len(TIMES), hidden)  # the time is the same for all: a bias
         for i in range(1, layers):
             theta |= dense_init(keys[i], f"mlp{i}", hidden, hidden)
         return theta | step_init(keys[-1], hidden, ODD, anchored)
@@ -207,8 +231,8 @@ def per_parameter_mlp(hidden=32, layers=1, anchored=True):
             g, _ = ravel_pytree(grads)
             m, v, t = averages(memory.m, g), averages(memory.v, g * g), memory.t + 1
             w_own, w_time = jnp.split(theta["mlp0/w"], [ODD])
-            bias = jnp.tanh(t / timescales - 1) @ w_time + theta["mlp0/b"]
-            features = normalised(parameter_features(g, w, m, v), sizes(params))
+            bias = tanh_times(t) @ w_time + theta["mlp0/b"]
+            features = normalised(parameter_features(g, w, m, v), v[B2] > 0, sizes(params))
             h = w_own.T @ features + bias[:, None]
             for i in range(1, layers):
                 h = theta[f"mlp{i}/w"].T @ jax.nn.relu(h) + theta[f"mlp{i}/b"][:, None]
@@ -278,7 +302,7 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
     Per parameter, an MLP with two hidden layers reads that parameter's features, sinusoids of time, and the LSTM's
     message. Gradients are clipped at a learned multiple of their running size; all initial states are learned.
     Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads how well the gradients agree, and,
-    where the output is anchored, that, the time and the LSTM set the pace of their tensor directly.
+    where the output is anchored, that, the time, the losses and the LSTM steer their tensor's step directly.
     """
     timescales = np.float32([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])[:, None]
     own = ODD + 1 + 2 * len(DECAYS)  # features of a parameter; what all parameters of a tensor share enters as a bias
@@ -287,15 +311,14 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
     def init(key):
         keys = iter(jax.random.split(key, 9))
         return {
-            **dense_init(next(keys), "lstm", 23 + FEEDBACK + CONTEXT + lstm, 4 * lstm),
+            **dense_init(next(keys), "lstm", 24 + FEEDBACK + CONTEXT + lstm, 4 * lstm),
             **dense_init(next(keys), "condition", lstm, CONDITION),
             **dense_init(next(keys), "context", lstm, CONTEXT),
             **dense_init(next(keys), "mlp0", own + shared, hidden),
             **dense_init(next(keys), "mlp1", hidden, hidden),
             **dense_init(next(keys), "feedback", hidden, FEEDBACK),
             **step_init(next(keys), hidden, own, anchored),
-            **({"pace/lstm": jnp.zeros(lstm), "pace/time": jnp.zeros(len(timescales)),
-                "pace/signal": jnp.zeros(len(DECAYS))} if anchored else {}),
+            **({"steer": jnp.zeros((lstm + 6 + 2 + len(DECAYS) + 1, 1 + ODD))} if anchored else {}),
             "initial/h": jnp.zeros(lstm), "initial/c": jnp.zeros(lstm),
             "initial/feedback": 0.1 * jax.random.normal(next(keys), (FEEDBACK,)),
             "initial/context": 0.1 * jax.random.normal(next(keys), (CONTEXT,)),
@@ -355,22 +378,24 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
 
             known, w_square = statistics(g, w, m, v, params)
             adams = directions(m, v, t)
-            signal = signal_to_noise(adams, v, t, count)
-            everywhere = jnp.tile(jnp.concatenate([loss_features(train, valid, loss), state.context]), (len(count), 1))
-            h, c = lstm_step(jnp.concatenate([known, signal.T / 10, everywhere, state.feedback], 1), state.h, state.c)
+            signal, rest = signal_to_noise(adams, v, t, count), 5 * resting(g, v, count)
+            surprises = loss_features(train, valid, loss)
+            everywhere = jnp.tile(jnp.concatenate([surprises, state.context]), (len(count), 1))
+            h, c = lstm_step(jnp.concatenate([known, signal.T / 10, rest[:, None], everywhere, state.feedback], 1), state.h, state.c)
 
             logs = [jnp.full(len(count), np.log(len(count)) - 1), 0.5 * jnp.log(count * w_square + 1e-8),
                     np.log(np.maximum(count, 1))]
             time = jnp.tile(jnp.sin(t / (np.pi * timescales)), (1, len(count)))
             condition = jnp.concatenate([dense(theta, "condition", h).T, jnp.stack(logs), time])  # [shared, tensors]
             bias = theta["mlp0/w"][own:].T @ condition + theta["mlp0/b"][:, None]
-            pace = h @ theta["pace/lstm"] + theta["pace/time"] @ time + theta["pace/signal"] @ signal \
-                if anchored else jnp.zeros(len(count))
-            told = per_parameter(jnp.concatenate([bias, pace[None]]), count)  # [hidden + 1, parameters]
+            steer = None
+            if anchored:
+                common = jnp.tile(jnp.concatenate([tanh_times(t)[1:7], surprises])[:, None], len(count))
+                steer = theta["steer"].T @ jnp.concatenate([h.T, common, signal, rest[None]])  # [1 + ODD, tensors]
             features = normalised(jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8),
-                                                   v, jax.lax.rsqrt(v + 1e-6)]), count)
-            hidden_layer = mlp(features, told[:-1])
-            return unravel(step(theta, hidden_layer, features, count, adams[B1], told[-1])), HierarchicalState(
+                                                   v, jax.lax.rsqrt(v + 1e-6)]), v[B2] > 0, count)
+            hidden_layer = mlp(features, per_parameter(bias, count))
+            return unravel(step(theta, hidden_layer, features, count, adams[B1], steer)), HierarchicalState(
                 Memory(m, v, t), h, c, dense(theta, "feedback", per_tensor(hidden_layer, count).T),
                 jnp.mean(dense(theta, "context", h), 0), train, valid, size)
 

@@ -123,7 +123,7 @@ def test_per_parameter_mlp_against_a_loop(anchored):
             memory["v", b] = b * memory.get(("v", b), 0) + (1 - b) * g ** 2
         columns += [memory["m", b] for b in decays]
         columns += [memory["m", b] / np.sqrt(memory["v", b] + 1e-6) for b in decays]
-        columns = [x / np.sqrt(1e-5 + np.mean(x ** 2)) for x in columns]
+        columns = [np.clip(x / np.sqrt(1e-5 + np.mean(x ** 2)), -5, 5) for x in columns]
         own = np.stack(columns)
         columns += [np.full(len(g), np.tanh(t / tau - 1)) for tau in (3, 10, 30, 100, 300, 1000, 3000, 10000, 300000)]
         h = np.stack(columns, 1)
@@ -167,6 +167,38 @@ def test_signal_to_noise(steady):
     np.testing.assert_allclose(found, 10 * np.log10(ratio + 0.1), atol=2e-3 if steady else 0.3)
 
 
+def test_features_are_normalised_over_what_ever_had_a_gradient():
+    x = np.float32([[3, 4, 100, 7, 1] + [0.1] * 35])  # the third was never seen; the last 36 are a tensor of their own
+    seen = np.array([True, True, False, True] + [True] * 36)
+    found = np.asarray(model.normalised(jnp.asarray(x), jnp.asarray(seen), [4, 36])[0])
+    first, second = np.sqrt((9 + 16 + 49) / 3), np.sqrt((1 + 35 * 0.01) / 36)
+    np.testing.assert_allclose(found[[0, 1, 3]], np.array([3, 4, 7]) / first, rtol=1e-4)
+    np.testing.assert_allclose(found[4:6], [5, 0.1 / second], rtol=1e-3)  # 1 / second is above 5
+
+
+def test_resting_counts_what_has_lost_its_gradient():
+    g, v = jnp.float32([0, 0, 1, 2, 0, 0]), jnp.zeros((5, 6)).at[:, :4].set([[0, 1, 1, 1]])  # the last three: never any
+    np.testing.assert_allclose(model.resting(g, v, [4, 2, 0]), [1 / 3, 0, 0], rtol=1e-6)
+
+
+def test_a_steered_step_against_a_loop():
+    """Each tensor gets its own pace and its own weights of the features that d reads."""
+    rng, sizes, hidden = np.random.default_rng(0), [4, 0, 3], 5
+    draw = lambda *shape: np.float32(0.3 * rng.standard_normal(shape))
+    theta = {"step/w": draw(hidden, 2), "direct/d": draw(model.ODD), "direct/a": draw(model.ODD + 2), "log_lr": draw()}
+    h, features, adam, steer = draw(hidden, 7), draw(model.ODD + 2, 7), draw(7), draw(1 + model.ODD, 3)
+    wanted = np.zeros(7)
+    for begin, end, tensor in ((0, 4, 0), (4, 7, 2)):
+        pushes = [theta["step/w"][:, 0] @ h[:, i] for i in range(begin, end)]
+        for i in range(begin, end):
+            d = theta["step/w"][:, 0] @ h[:, i] - np.mean(pushes)
+            d += sum((theta["direct/d"][f] + np.tanh(steer[1 + f, tensor])) * features[f, i] for f in range(model.ODD))
+            a = theta["step/w"][:, 1] @ h[:, i] + theta["direct/a"] @ features[:, i] + steer[0, tensor]
+            wanted[i] = -np.exp(theta["log_lr"] + min(a, 1)) * (adam[i] + d)
+    found = model.step(jax.tree.map(jnp.asarray, theta), jnp.asarray(h), jnp.asarray(features), sizes, adam, jnp.asarray(steer))
+    np.testing.assert_allclose(found, wanted, rtol=2e-5)
+
+
 def hierarchical_theta(make=model.hierarchical, seed=1):
     """Meta-parameters whose output layer is not silent."""
     learned = make()
@@ -192,7 +224,7 @@ def test_hierarchical_reads_both_losses_and_each_message_matters():
     assert (moved(theta, [(1.0, 1.0), (0.9, 0.95), (0.8, 1.9)]) != base).any()
     assert (moved(theta, [(None, None)] * 3) != base).any()
     for name in ("initial/h", "initial/c", "initial/feedback", "initial/context", "condition/w", "context/w", "feedback/w",
-                 "lstm/w", "mlp0/w", "mlp1/w", "pace/lstm", "pace/time", "pace/signal", "step/w", "direct/d", "direct/a", "log_lr",
+                 "lstm/w", "mlp0/w", "mlp1/w", "steer", "step/w", "direct/d", "direct/a", "log_lr",
                  "clip/log_rate", "clip/log_multiple"):
         assert (moved(theta | {name: theta[name] + 0.5}, same) != base).any(), name
 
