@@ -210,11 +210,12 @@ def hierarchical_theta(make=model.hierarchical, seed=1):
 
 def test_hierarchical_reads_both_losses_and_each_message_matters():
     learned, theta = hierarchical_theta()
+    update = jax.jit(lambda theta, *args, **losses: learned.optimizer(theta).update(*args, **losses))
 
     def moved(theta, losses):
         params, state = tree(0), learned.optimizer(theta).init(tree(0))
         for t, (loss, valid_loss) in enumerate(losses):
-            updates, state = learned.optimizer(theta).update(tree(t), state, params, loss=loss, valid_loss=valid_loss)
+            updates, state = update(theta, tree(t), state, params, loss=loss, valid_loss=valid_loss)
         return updates["matrix"]
 
     theta["clip/log_multiple"] = jnp.float32(-1)  # low enough to clip
@@ -234,9 +235,9 @@ def test_hierarchical_clips_at_a_multiple_of_the_running_gradient_size():
     learned = model.hierarchical()
     theta = learned.init(jax.random.key(0))
     params = {"w": jnp.zeros(4)}
-    state = learned.optimizer(theta).init(params)
-    _, state = learned.optimizer(theta).update({"w": jnp.ones(4)}, state, params)
-    _, state = learned.optimizer(theta).update({"w": jnp.full(4, 1000.0)}, state, params)
+    state, update = learned.optimizer(theta).init(params), jax.jit(learned.optimizer(theta).update)
+    _, state = update({"w": jnp.ones(4)}, state, params)
+    _, state = update({"w": jnp.full(4, 1000.0)}, state, params)
     size = 0.99 * 0.01 + 0.01 * 1.0                      # after the first step
     limit = 10 * size / (1 - 0.99 ** 2)
     m = 0.5 * (0.5 * 1) + 0.5 * limit                    # the decay-0.5 momentum
@@ -247,15 +248,15 @@ def test_hierarchical_clips_at_a_multiple_of_the_running_gradient_size():
 def test_odd_tensors_frozen_tensors_and_non_finite_gradients(make):
     learned, theta = hierarchical_theta(make)
     optimizer = learned.optimizer(theta)
-    state = optimizer.init(tree(0))
+    state, update = optimizer.init(tree(0)), jax.jit(optimizer.update)
     frozen = tree(1) | {"matrix": jnp.zeros((5, 7))}
     for grads in (frozen, frozen, tree(2)):
-        updates, state = optimizer.update(grads, state, tree(0))
+        updates, state = update(grads, state, tree(0))
         assert all(np.isfinite(x).all() and x.shape == SHAPES[k] and x.dtype == jnp.float32 for k, x in updates.items())
     if make is model.hierarchical:
         bad = tree(3) | {"vector": jnp.float32([np.nan, np.inf, -np.inf, 1, 2, 3])}
-        updates, state = optimizer.update(bad, state, tree(0), loss=jnp.nan, valid_loss=jnp.inf)
-        updates, state = optimizer.update(tree(4), state, tree(0), loss=1.0, valid_loss=1.0)
+        updates, state = update(bad, state, tree(0), loss=jnp.nan, valid_loss=jnp.inf)
+        updates, state = update(tree(4), state, tree(0), loss=1.0, valid_loss=1.0)
         assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
 
 
@@ -274,10 +275,11 @@ def test_update_in_jit_vmap_scan_and_grad(make):
         (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
         return params
 
-    loss = lambda theta, params: sum(jnp.sum(p ** 2) for p in train(theta, params).values())
+    loss = jax.jit(lambda theta, params: sum(jnp.sum(p ** 2) for p in train(theta, params).values()))
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), tree(0), tree(1))
     batched = jax.jit(jax.vmap(train, (None, 0)))(theta, both)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-5), batched, train(theta, tree(1)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, rtol=1e-4, atol=1e-5), batched,
+                 jax.jit(train)(theta, tree(1)))
     gradient = jax.jit(jax.grad(loss))(theta, tree(0))
     assert all(np.isfinite(g).all() for g in gradient.values())
     key, eps = "log_lr", 1e-2
