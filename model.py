@@ -160,9 +160,9 @@ def step(theta, h, features, sizes, adam_direction, steer=None):
     The papers' form is 0.001 d exp(0.001 a), with d and a linear in h. The anchored form, this project's departure,
     scales and bends Adam's step: lr exp(min(a, 1)) (m_hat / sqrt(v_hat) + d). There d and a also read the features
     directly, so that a weight decay or another momentum is learned in a few steps; `steer` [1 + ODD, tensors] adds to a
-    and, up to 1, to the weights of what d reads, tensor by tensor. What h adds to d has mean zero in each tensor, and what d reads
-    directly changes sign with the gradient and the parameter: pushing a whole tensor one way kills ReLU units, which
-    costs much later and shows in no derivative. Hence the limit of 1, too.
+    and, within +-1, to the weights of what d reads, tensor by tensor. What h adds to d has mean zero in each tensor, and
+    what d reads directly changes sign with the gradient and the parameter: pushing a whole tensor one way kills ReLU
+    units, which costs much later and shows in no derivative. Hence the limit of 1 on a, too.
     """
     d, a = theta["step/w"].T @ h
     if "log_lr" not in theta:
@@ -301,8 +301,8 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
     the validation loss compare with the recent training loss, what the tensor's MLP reported, and the mean of all LSTMs.
     Per parameter, an MLP with two hidden layers reads that parameter's features, sinusoids of time, and the LSTM's
     message. Gradients are clipped at a learned multiple of their running size; all initial states are learned.
-    Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads how well the gradients agree, and,
-    where the output is anchored, that, the time, the losses and the LSTM steer their tensor's step directly.
+    Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads how well the gradients agree and how
+    many have vanished, and where the output is anchored, these, the time, the losses and the LSTM steer the step directly.
     """
     timescales = np.float32([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])[:, None]
     own = ODD + 1 + 2 * len(DECAYS)  # features of a parameter; what all parameters of a tensor share enters as a bias
