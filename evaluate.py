@@ -5,6 +5,7 @@ the same parameters and sees the same batches. Every baseline has its learning r
 for each figure: for each task and figure the best of ten rates counts. The learned optimizer runs once, untuned.
 """
 import argparse
+import concurrent.futures
 import functools
 import glob
 import json
@@ -81,10 +82,11 @@ def learning_curves(family, make_optimizer, hyper, keys, horizon):
 def compare(family, learned, theta, num_tasks, horizon, seed=0):
     """Learning curves of all optimizers on the same tasks -> {name: [tasks, settings, points, 2]}; "learned" has one setting."""
     keys = jax.random.split(jax.random.key(seed), num_tasks)
-    curves = {name: learning_curves(family, functools.partial(make, horizon=horizon), jnp.float32(RATES), keys, horizon)
-              for name, make in BASELINES.items()}
-    one = jax.tree.map(lambda x: jnp.asarray(x)[None], theta)
-    return curves | {"learned": learning_curves(family, learned.optimizer, one, keys, horizon)}
+    runs = {name: (functools.partial(make, horizon=horizon), jnp.float32(RATES)) for name, make in BASELINES.items()}
+    runs["learned"] = learned.optimizer, jax.tree.map(lambda x: jnp.asarray(x)[None], theta)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # one compiles while the other runs
+        curves = pool.map(lambda run: learning_curves(family, *run, keys, horizon), runs.values())
+        return dict(zip(runs, curves))
 
 
 def best(curves, value):
