@@ -389,7 +389,7 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
             condition = jnp.concatenate([dense(theta, "condition", h).T, jnp.stack(logs), time])  # [shared, tensors]
             bias = theta["mlp0/w"][own:].T @ condition + theta["mlp0/b"][:, None]
             steer = None
-            if anchored:
+            if anchored:  # P1's times from 10 to 3000 steps; the others hardly change in an episode
                 common = jnp.tile(jnp.concatenate([tanh_times(t)[1:7], surprises])[:, None], len(count))
                 steer = theta["steer"].T @ jnp.concatenate([h.T, common, signal, rest[None]])  # [1 + ODD, tensors]
             features = normalised(jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8),
