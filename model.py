@@ -108,10 +108,14 @@ def sizes(params):
     return [x.size for x in jax.tree.leaves(params)]
 
 
+def by_tensor(x, sizes):
+    """[..., parameters] -> a list of each tensor's [..., n]."""
+    return jnp.split(x, np.cumsum(sizes)[:-1], axis=-1)
+
+
 def per_tensor(x, sizes):
     """Means over each tensor's parameters: [F, parameters] -> [F, tensors]; 0 for an empty tensor."""
-    parts = jnp.split(x, np.cumsum(sizes)[:-1], axis=1)
-    return jnp.stack([jnp.sum(part, 1) / max(n, 1) for part, n in zip(parts, sizes)], 1)
+    return jnp.stack([jnp.sum(part, 1) / max(n, 1) for part, n in zip(by_tensor(x, sizes), sizes)], 1)
 
 
 def per_parameter(x, sizes):
@@ -125,7 +129,7 @@ def normalised(x, seen, sizes):
     P2 (appendix C.4) clips, too, and calls it crucial; its bound is not given. Parameters that never had a gradient
     (`seen` [parameters] is false: padding, dead units) are not part of the mean.
     """
-    parts = zip(*(jnp.split(y, np.cumsum(sizes)[:-1], axis=-1) for y in (x * x, seen.astype(x.dtype))))
+    parts = zip(by_tensor(x * x, sizes), by_tensor(seen.astype(x.dtype), sizes))
     power = jnp.stack([squares @ s / (jnp.sum(s) + 1e-8) for squares, s in parts], 1)  # [F, tensors]
     return jnp.clip(x * per_parameter(jax.lax.rsqrt(1e-5 + power), sizes), -5, 5)
 
@@ -171,8 +175,8 @@ def step(theta, h, features, sizes, adam_direction, steer=None):
     a = a + theta["direct/a"] @ features
     if steer is not None:
         a, weights = a + per_parameter(steer[:1], sizes)[0], weights + jnp.tanh(steer[1:])
-    parts = jnp.split(features[:ODD], np.cumsum(sizes)[:-1], axis=1)
-    d = d - per_parameter(per_tensor(d[None], sizes), sizes)[0] + jnp.concatenate([w @ x for w, x in zip(weights.T, parts)])
+    direct = jnp.concatenate([w @ x for w, x in zip(weights.T, by_tensor(features[:ODD], sizes))])
+    d = d - per_parameter(per_tensor(d[None], sizes), sizes)[0] + direct
     return -jnp.exp(theta["log_lr"] + jnp.minimum(a, 1.0)) * (adam_direction + d)
 
 
