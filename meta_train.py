@@ -9,6 +9,8 @@ import csv
 import dataclasses
 import json
 import os
+import signal
+import threading
 import time
 from typing import Any, NamedTuple
 
@@ -151,14 +153,20 @@ def compiled(start, outer_step, key):
 
 
 def train(settings, folder, run, outer_step, launch):
-    """Outer steps until they or the minutes run out -> Run. Saves now and then, and at the end, be it Ctrl-C."""
+    """Outer steps until they or the minutes run out -> Run. Saves now and then, and at the end.
+
+    Ctrl-C is heard after the step it falls in: an exception could come between a step and its row in the log, or get lost
+    in one of JAX's callbacks.
+    """
     key = jax.random.key(settings.seed)
     print(f"{'step':>6} {'loss':>7} {'smoothed':>8} {'gradient':>8} {'capped':>6} {'dropped':>7} {'s/step':>7} {'left':>6}")
     first, start = int(run.step), time.time()
     saved = start
+    stop = threading.Event()
+    default = signal.signal(signal.SIGINT, lambda *_: stop.set())
     with open(os.path.join(folder, "log.csv"), "a", newline="") as log:
         try:
-            while run.step < settings.outer_steps and time.time() < launch + 60 * settings.minutes:
+            while run.step < settings.outer_steps and time.time() < launch + 60 * settings.minutes and not stop.is_set():
                 before = time.time()
                 run, row = outer_step(run, key)
                 row = jax.device_get(row) | {"seconds": time.time() - before}
@@ -175,6 +183,9 @@ def train(settings, folder, run, outer_step, launch):
         finally:
             log.flush()
             save(settings, folder, run)
+            signal.signal(signal.SIGINT, default)
+    if stop.is_set():
+        raise KeyboardInterrupt
     return run
 
 
@@ -182,7 +193,7 @@ def fit_step_size(settings, theta):
     """Theta with its step size multiplied by whatever makes the mean outer loss of fresh meta-training tasks least.
 
     Along the step size, backprop's slope was seen to disagree with finite differences. One number needs no gradient: five
-    multiples are tried, and the parabola through their outer losses tells the best. A theta without log_lr can't be fitted.
+    multiples are tried, and the parabolas through their outer losses tell the rest. A theta without log_lr can't be fitted.
     """
     family, split = tasks.mlp(), SPLITS[settings.target]
     watched = family._replace(batch=lambda task, key, s: family.batch(task, key, split if s == "test" else s))
@@ -193,19 +204,27 @@ def fit_step_size(settings, theta):
     losses = evaluate.learning_curves(watched, learned.optimizer, variants, keys, settings.horizon)[..., 1]
     progress = np.linspace(0, 1, losses.shape[-1])[None, None, 1:]
     values = np.array(outer_loss(losses[..., 1:], losses[..., :1], progress))  # [tasks, multiples, points]
-    values = np.where(np.isfinite(values), np.minimum(values, CAP), CAP).mean((0, 2))
-    multiple = lowest_point(MULTIPLES, values)
-    print("outer loss at " + ", ".join(f"{m:.2f} x: {v:.4f}" for m, v in zip(MULTIPLES, values))
+    values = np.where(np.isfinite(values), np.minimum(values, CAP), CAP).mean(2)
+    multiple = cautious_minimum(MULTIPLES, values)
+    print("outer loss at " + ", ".join(f"{m:.2f} x: {v:.4f}" for m, v in zip(MULTIPLES, values.mean(0)))
           + f"; step size multiplied by {multiple:.2f}")
     return theta | {"log_lr": theta["log_lr"] + jnp.float32(np.log(multiple))}
 
 
-def lowest_point(multiples, values):
-    """Of the parabola through the values over the logarithm of the multiples; within their range, best if not convex."""
-    curvature, slope, _ = np.polyfit(np.log(multiples), values, 2)
+def cautious_minimum(multiples, values):
+    """Where the mean over tasks of values [tasks, multiples] is least, less two standard errors; within their range.
+
+    Each task has its parabola over the logarithm of the multiple. That its slope differs from task to task makes the lowest
+    point of the mean one uncertain; of what can't be told apart from it, the shortest steps are the safest.
+    """
+    x = np.log(multiples)
+    curvatures, slopes, _ = np.polyfit(x, values.T, 2)  # [tasks] each
+    curvature = curvatures.mean()
     if curvature <= 0:
-        return multiples[np.argmin(values)]
-    return float(np.clip(np.exp(-slope / (2 * curvature)), multiples[0], multiples[-1]))
+        return multiples[np.argmin(values.mean(0))]
+    lowest = -slopes.mean() / (2 * curvature)
+    error = (slopes + 2 * curvatures * lowest).std() / np.sqrt(len(values)) / (2 * curvature)
+    return float(np.exp(np.clip(lowest - 2 * error, x[0], x[-1])))
 
 
 # ---------------------------------------------------------------- on disk and on screen
@@ -340,14 +359,14 @@ def main():
     launch = time.time()
     settings, folder, arrays, parser = parse()
     try:
+        if not arrays:
+            os.makedirs(folder)
+            with open(os.path.join(folder, "log.csv"), "x", newline="") as log:
+                csv.writer(log).writerow(COLUMNS)
         run, outer_step = compiled(*make_outer(settings), jax.random.key(settings.seed))
         if arrays:
             run = restore(folder, arrays, run)
             keep_rows(os.path.join(folder, "log.csv"), int(run.step))
-        else:
-            os.makedirs(folder)
-            with open(os.path.join(folder, "log.csv"), "x", newline="") as log:
-                csv.writer(log).writerow(COLUMNS)
         print(f"{folder}: {settings}\n{sum(x.size for x in run.theta.values())} meta-parameters, "
               f"pairs on {len(run.step.sharding.device_set)} devices")
         run = train(settings, folder, run, outer_step, launch)
@@ -357,7 +376,8 @@ def main():
         print_comparison(settings, folder, run)
         print(f"{time.time() - launch:.0f} s since launch; results in {folder}")
     except KeyboardInterrupt:
-        print(f"stopped by Ctrl-C; python meta_train.py --resume {folder} goes on from the last save")
+        print("stopped by Ctrl-C; " + (f"python meta_train.py --resume {folder} goes on from the last save"
+                                       if os.path.exists(os.path.join(folder, "checkpoint.npz")) else "nothing was saved yet"))
     except (OSError, ValueError) as error:
         parser.error(f"{error}")
 

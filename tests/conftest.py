@@ -3,6 +3,7 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time; the programs' own processes optimise
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

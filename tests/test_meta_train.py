@@ -19,6 +19,7 @@ import tasks
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = ["--optimizer", "per_parameter_mlp", "--horizon", 20, "--truncation", 20, "--num-pairs", 2, "--seed", 3, "--fit", 4,
         "--compare", 4]
+STEPS = 80
 
 
 def start(*arguments, cwd, prelude="import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"):
@@ -46,9 +47,9 @@ def steps_logged(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run of 200 outer steps."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    code, out, err = run(*TINY, "--outer-steps", 200, "--out", folder, cwd=folder.parent)
+    code, out, err = run(*TINY, "--outer-steps", STEPS, "--out", folder, cwd=folder.parent)
     assert code == 0, err
     return folder, out
 
@@ -57,10 +58,10 @@ def test_a_run_ends_with_the_table_and_all_files(whole):
     folder, out = whole
     assert {"theta.npz", "checkpoint.npz", "log.csv", "curves.png", "comparison.png", "table.json"} == set(os.listdir(folder))
     assert all(words in out for words in ("first outer step", "step size multiplied by", "4 held-out tasks", "against tuned Adam"))
-    assert steps_logged(folder) == list(range(1, 201))
+    assert steps_logged(folder) == list(range(1, STEPS + 1))
     assert json.loads((folder / "table.json").read_text())["tasks"] == 4
     facts = model.about(folder / "theta.npz")
-    assert facts["outer_steps_done"] == 200 and facts["seed"] == 3 and facts["trained_on"] == "mlp"
+    assert facts["outer_steps_done"] == STEPS and facts["seed"] == 3 and facts["trained_on"] == "mlp"
     assert all(np.isfinite(x).all() for x in theta_of(folder).values())
 
 
@@ -76,22 +77,22 @@ def wait_for_steps(process, folder, more):
 
 def test_kill_and_resume_is_bit_identical(whole, tmp_path):
     folder = tmp_path / "run"
-    process = start(*TINY, "--outer-steps", 200, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
-    for more in (30, 45):
+    process = start(*TINY, "--outer-steps", STEPS, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
+    for more in (10, 20):
         wait_for_steps(process, folder, more)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         model.load(folder / "theta.npz")  # whole, wherever the kill hit
         process = start("--resume", folder, cwd=tmp_path)
     deadline = time.time() + 120
-    while model.about(folder / "theta.npz")["outer_steps_done"] < 200:
+    while model.about(folder / "theta.npz")["outer_steps_done"] < STEPS:
         assert time.time() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.1)
     process.kill()  # it would go on to fit and to compare
     process.communicate()
     mine, reference = (model.read_npz(x / "checkpoint.npz") for x in (folder, whole[0]))
     assert all((mine[k] == reference[k]).all() for k in reference if k.startswith("leaf"))
-    assert steps_logged(folder) == list(range(1, 201))
+    assert steps_logged(folder) == list(range(1, STEPS + 1))
 
 
 def test_ctrl_c_saves_and_leaves(tmp_path):
@@ -133,7 +134,7 @@ def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monk
                       ["--outer-steps", "many"], ["--outer-steps", 0], ["--minutes", -1], ["--minutes", "nan"],
                       ["--horizon", 30, "--truncation", 30], ["--horizon", 400, "--truncation", 300],
                       ["--estimator", "pes", "--sigma", 0], ["--sigma", -1], ["--num-pairs", 0], ["--clip", 0], ["--fit", -1], ["--compare", 3],
-                      ["--out", whole[0]], ["--out", tmp_path / "file"], [*TINY, "--out", tmp_path / "file" / "run"],
+                      ["--out", whole[0]], ["--out", tmp_path / "file"], ["--out", tmp_path / "file" / "run"], ["--out", "/proc/run"],
                       ["--resume", tmp_path / "nowhere"], ["--resume", tmp_path / "empty"],
                       ["--resume", tmp_path / "damaged"], ["--resume", tmp_path / "foreign"],
                       ["--resume", whole[0], "--seed", 4], ["--resume", whole[0], "--estimator", "es"],
@@ -176,11 +177,15 @@ def test_an_outer_step_moves_theta_by_adam_on_the_clipped_gradient(estimator):
     assert max(float(np.abs(second.theta[k] - first.theta[k]).max()) for k in first.theta) > 0.9 * rate
 
 
-def test_the_fitted_step_size_is_the_lowest_point_of_a_parabola():
+def test_the_fitted_step_size_is_the_lowest_point_of_a_parabola_less_two_standard_errors():
     multiples = 2.0 ** np.arange(-1.5, 0.6, 0.5)
-    np.testing.assert_allclose(meta_train.lowest_point(multiples, 3 + 0.2 * (np.log(multiples) - np.log(0.6)) ** 2), 0.6)
-    assert meta_train.lowest_point(multiples, (np.log(multiples) - 5) ** 2) == multiples[-1]
-    assert meta_train.lowest_point(multiples, -(np.log(multiples) - 0.1) ** 2) == multiples[0]
+    x = np.log(multiples)
+    agreed = np.stack([3 + 0.2 * (x - np.log(0.6)) ** 2, 1 + 0.4 * (x - np.log(0.6)) ** 2])  # [2 tasks, 5]
+    np.testing.assert_allclose(meta_train.cautious_minimum(multiples, agreed), 0.6)
+    differing = np.stack([0.2 * (x - 0.1) ** 2, 0.2 * (x + 0.3) ** 2])  # lowest at 0.1 and -0.3: -0.1 +- 0.2 / sqrt(2)
+    np.testing.assert_allclose(np.log(meta_train.cautious_minimum(multiples, differing)), -0.1 - 2 * 0.2 / np.sqrt(2))
+    assert meta_train.cautious_minimum(multiples, (x - 5)[None] ** 2) == multiples[-1]
+    assert meta_train.cautious_minimum(multiples, -(x - 0.1)[None] ** 2) == multiples[0]
 
 
 def test_the_fit_slows_down_what_is_far_too_fast():
