@@ -36,7 +36,7 @@ class Settings:
     output: str = flag("anchored", "form of the optimizer's step: anchored (on Adam's) or papers")
     estimator: str = flag("truncated_backprop", "of the meta-gradient: truncated_backprop, es or pes")
     target: str = flag("valid", "the loss that theta is for: valid (held-out batches, as both papers advise) or train")
-    outer_steps: int = flag(340, "updates of theta; the outer learning rate falls to zero over them")
+    outer_steps: int = flag(280, "updates of theta; the outer learning rate falls to zero over them")
     minutes: float = flag(7.8, "stop then even if steps are left, fit and compare; counted from each launch")
     save_seconds: float = flag(30.0, "time between two saves")
     seed: int = flag(0, "of theta, tasks and noise")
@@ -44,7 +44,7 @@ class Settings:
     truncation: int = flag(400, "K, inner steps of one unroll; only K = T leaves backprop without truncation bias")
     num_pairs: int = flag(2, "N, antithetic pairs (of trajectories; without noise each pair is a single one)")
     sigma: float = flag(0.0, "standard deviation of the smoothing noise on theta; es and pes need some")
-    adjoint: float = flag(0.3, "largest norm of the signal that backprop sends from one inner step to the one before")
+    adjoint: float = flag(1.0, "largest norm of the signal that backprop sends from one inner step to the one before")
     clip: float = flag(0.3, "largest norm of one trajectory's gradient (truncated_backprop only)")
     learning_rate: float = flag(6e-3, "of the outer Adam at its start")
     fit: int = flag(64, "meta-training tasks that fit the step size at the end (0: leave it; anchored only)")
@@ -136,7 +136,8 @@ def make_outer(settings):
         smoothed = jnp.where(run.step == 0, loss, 0.97 * run.smoothed + 0.03 * loss)
         row = {"step": run.step + 1, "loss": loss, "smoothed": smoothed, "gradient": jnp.linalg.norm(gradient),
                "capped": metrics["capped"], "dropped": metrics["dropped"]}
-        return Run(unravel(theta + updates), opt_state, particles, run.step + 1, smoothed), row
+        rate = 1 / (1 + 10 * run.step / settings.outer_steps)  # most is learned early; what comes later needs averaging
+        return Run(unravel(theta + rate * updates), opt_state, particles, run.step + 1, smoothed), row
 
     rows = evaluate.sharding(settings.num_pairs)
     everywhere = jax.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())

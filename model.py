@@ -140,9 +140,17 @@ def parameter_features(g, w, m, v):
 
 
 def dense_init(key, name, inputs, outputs):
-    """A layer's meta-parameters: weights of standard deviation 1 / sqrt(inputs), zero biases."""
-    w = jax.random.truncated_normal(key, -2, 2, (inputs, outputs)) / np.sqrt(inputs)
-    return {f"{name}/w": w, f"{name}/b": jnp.zeros(outputs)}
+    """A layer's meta-parameters before `scaled`: weights of standard deviation 1, zero biases."""
+    return {f"{name}/w": jax.random.truncated_normal(key, -2, 2, (inputs, outputs)), f"{name}/b": jnp.zeros(outputs)}
+
+
+def scaled(theta):
+    """Theta with each hidden layer's weights divided by sqrt(inputs).
+
+    Outside they are of size 1, so that one noisy step of the outer optimizer, or one sigma of an estimator, moves what a
+    layer puts out as little in a wide layer as in a narrow one.
+    """
+    return {k: x / np.sqrt(len(x)) if k.endswith("/w") and k != "step/w" else x for k, x in theta.items()}
 
 
 def dense(theta, name, x):
@@ -155,7 +163,7 @@ def step_init(key, hidden, own, anchored):
     if anchored:
         return {"step/w": jnp.zeros((hidden, 2)), "direct/d": jnp.zeros(ODD), "direct/a": jnp.zeros(own),
                 "log_lr": jnp.float32(np.log(0.01))}
-    return dense_init(key, "step", hidden, 2)
+    return {"step/w": jax.random.truncated_normal(key, -2, 2, (hidden, 2)) / np.sqrt(hidden), "step/b": jnp.zeros(2)}
 
 
 def step(theta, h, features, sizes, adam_direction, steer=None):
@@ -230,6 +238,8 @@ def per_parameter_mlp(hidden=32, layers=1, anchored=True):
         return theta | step_init(keys[-1], hidden, ODD, anchored)
 
     def optimizer(theta):
+        theta = scaled(theta)
+
         def update(grads, memory, params, *, loss=None, valid_loss=None, **extra):
             w, unravel = ravel_pytree(params)
             g, _ = ravel_pytree(grads)
@@ -330,6 +340,8 @@ def hierarchical(lstm=16, hidden=8, anchored=True):
         }
 
     def optimizer(theta):
+        theta = scaled(theta)
+
         def opt_init(params):
             each = lambda name: jnp.tile(theta[f"initial/{name}"], (len(sizes(params)), 1))
             none = LossAverage(jnp.float32(0), jnp.float32(0), jnp.int32(0))

@@ -9,6 +9,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
 
@@ -63,6 +64,8 @@ def test_a_run_ends_with_the_table_and_all_files(whole):
     facts = model.about(folder / "theta.npz")
     assert facts["outer_steps_done"] == STEPS and facts["seed"] == 3 and facts["trained_on"] == "mlp"
     assert all(np.isfinite(x).all() for x in theta_of(folder).values())
+    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(matplotlib.get_cachedir(), "learned_optimizer_programs")
+    assert any("outer_step" in name for name in os.listdir(programs))
 
 
 def wait_for_steps(process, folder, more):
@@ -186,6 +189,25 @@ def test_the_fitted_step_size_is_the_lowest_point_of_a_parabola_less_two_standar
     np.testing.assert_allclose(np.log(meta_train.cautious_minimum(multiples, differing)), -0.1 - 2 * 0.2 / np.sqrt(2))
     assert meta_train.cautious_minimum(multiples, (x - 5)[None] ** 2) == multiples[-1]
     assert meta_train.cautious_minimum(multiples, -(x - 0.1)[None] ** 2) == multiples[0]
+
+
+@pytest.mark.parametrize("target, split", [("valid", "outer_valid"), ("train", "train")])
+def test_the_fit_never_looks_at_the_test_split(target, split, monkeypatch):
+    family, multiples = tasks.mlp(), []
+
+    def curves(watched, make_optimizer, variants, keys, horizon):
+        multiples.append(np.exp(variants["log_lr"] - theta["log_lr"]))
+        task = family.sample(jax.random.key(1))
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, watched.batch(task, jax.random.key(2), "test"),
+                                         family.batch(task, jax.random.key(2), split)))
+        x = np.log(multiples[0])[None, :, None, None]
+        return np.where(np.arange(3)[None, None, :, None] == 0, 1, 1 + (x + 0.2) ** 2) * np.ones((len(keys), 1, 1, 2))
+
+    monkeypatch.setattr(meta_train.evaluate, "learning_curves", curves)
+    theta = model.per_parameter_mlp().init(jax.random.key(0))
+    fitted = meta_train.fit_step_size(meta_train.Settings(optimizer="per_parameter_mlp", target=target, horizon=40, fit=4), theta)
+    np.testing.assert_allclose(multiples[0], 2.0 ** np.arange(-1.5, 0.6, 0.5), rtol=1e-5)
+    np.testing.assert_allclose(fitted["log_lr"] - theta["log_lr"], -0.2, atol=0.02)
 
 
 def test_the_fit_slows_down_what_is_far_too_fast():

@@ -128,7 +128,7 @@ def test_per_parameter_mlp_against_a_loop(anchored):
         columns += [np.full(len(g), np.tanh(t / tau - 1)) for tau in (3, 10, 30, 100, 300, 1000, 3000, 10000, 300000)]
         h = np.stack(columns, 1)
         for i in range(2):
-            h = np.maximum(h @ np_theta[f"mlp{i}/w"] + np_theta[f"mlp{i}/b"], 0)
+            h = np.maximum(h @ np_theta[f"mlp{i}/w"] / np.sqrt(h.shape[1]) + np_theta[f"mlp{i}/b"], 0)
         if anchored:
             adam = memory["m", 0.9] / (1 - 0.9 ** t) / (np.sqrt(memory["v", 0.999] / (1 - 0.999 ** t)) + 1e-8)
             d, a = (h @ np_theta["step/w"]).T
@@ -228,6 +228,38 @@ def test_hierarchical_reads_both_losses_and_each_message_matters():
                  "lstm/w", "mlp0/w", "mlp1/w", "steer", "step/w", "direct/d", "direct/a", "log_lr",
                  "clip/log_rate", "clip/log_multiple"):
         assert (moved(theta | {name: theta[name] + 0.5}, same) != base).any(), name
+
+
+def test_each_cue_steers_the_pace():
+    """With a silent output layer, the logarithm of the update over Adam's is the one cue that `steer` has a weight for."""
+    learned = model.hierarchical()
+    theta, params = learned.init(jax.random.key(0)), tree(0)
+    update = jax.jit(lambda theta, state, grads, loss, valid: learned.optimizer(theta).update(
+        grads, state, params, loss=loss, valid_loss=valid))
+    grads = [tree(1), tree(2), tree(3) | {"matrix": tree(3)["matrix"].at[0].set(0)}]
+    losses, valid_losses = [1.0, 0.9, 1.2], [1.1, 1.0, 1.3]
+    state = learned.optimizer(theta).init(params)
+    for g, loss, valid in zip(grads[:2], losses, valid_losses):
+        _, state = update(theta, state, g, loss, valid)
+    last = lambda steer: update(theta | {"steer": steer}, state, grads[2], losses[2], valid_losses[2])
+    plain, after = last(theta["steer"])
+    one_each = 0.01 * jnp.eye(30)[:, :, None] * (jnp.arange(1 + model.ODD) == 0)[None, None]  # only the pace is steered
+    steered, _ = jax.vmap(last)(one_each)
+    cue = 100 * np.log(steered["matrix"] / plain["matrix"][None])  # [30, 5, 7]
+    m, v, mean, variance, valid_mean = np.zeros((5, 35)), np.zeros(35), 0.0, 0.0, 0.0
+    decays = np.array([[0.5], [0.9], [0.99], [0.999], [0.9999]])
+    for g, loss, valid in zip(grads, losses, valid_losses):
+        g = np.ravel(g["matrix"])
+        m, v = decays * m + (1 - decays) * g, 0.999 * v + 0.001 * g * g
+        mean = 0.9 * mean + 0.1 * loss
+        variance, valid_mean = 0.9 * variance + 0.1 * (mean - loss) ** 2, 0.95 * valid_mean + 0.05 * valid
+    seen, seen_valid = 1 - 0.9 ** 3, 1 - 0.95 ** 3
+    score = lambda x: np.clip((x - mean / seen) / np.sqrt(variance / seen), -5, 5)
+    agreement = ((m / (1 - decays ** 3)) ** 2 / (v / (1 - 0.999 ** 3))).mean(1)
+    noise = ((1 - decays) ** 2 * decays ** np.array([[0, 2, 4]])).sum(1) / (1 - decays[:, 0] ** 3) ** 2
+    wanted = [*after.h[2], *np.tanh(3 / np.array([10, 30, 100, 300, 1000, 3000]) - 1), score(1.2), score(valid_mean / seen_valid),
+              *(10 * np.log10(agreement / noise + 0.1)), 5 * 7 / 35]  # leaves in order: empty, kernel, matrix
+    np.testing.assert_allclose(cue, np.tile(np.array(wanted)[:, None, None], (1, 5, 7)), rtol=2e-3, atol=2e-3)
 
 
 def test_hierarchical_clips_at_a_multiple_of_the_running_gradient_size():
