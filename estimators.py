@@ -1,4 +1,4 @@
-"""The meta-gradient of any unrolled computation: truncated backprop, evolution strategies (ES), and persistent ES (PES).
+"""The meta-gradient of any unrolled computation: truncated backprop, evolution strategies (ES), persistent ES, and both.
 
 All estimate the gradient, with respect to theta, of the mean loss over an episode of T steps (`horizon`) from unrolls of
 K steps (`truncation`) of N antithetic pairs of trajectories (`num_pairs`). For pair n, in the truncation it is now in,
@@ -8,11 +8,13 @@ K steps (`truncation`) of N antithetic pairs of trajectories (`num_pairs`). For 
 
     truncated_backprop   w = 1, earlier truncations dropped
     es                   w = 0, earlier truncations dropped
-    pes                  w = 0, earlier truncations kept: of the three the only one without bias when K < T
+    merged               w by inverse variance, earlier truncations dropped (P1)
+    pes                  w = 0, earlier truncations kept (P3)
+    combined             w by inverse variance, earlier truncations kept
 
 where dL = L(theta + eps) - L(theta - eps), L is the mean loss of the truncation, rp its pathwise gradient,
-eps ~ N(0, sigma^2), and xi the sum of the trajectory's earlier perturbations. Both signs of a pair share everything
-random: task, initialisation, batches. P1: Metz et al. 2019, section 3. P3: Vicol et al. 2021, arXiv 2112.13835.
+eps ~ N(0, sigma^2), and xi the sum of the trajectory's earlier perturbations. Those that drop earlier truncations are
+biased when K < T. Both signs of a pair share everything random: task, initialisation, batches. P1: Metz et al. 2019, section 3. P3: Vicol et al. 2021, arXiv 2112.13835.
 
 Starts are staggered, so that the pairs together cover all parts of an episode; until its first reset a trajectory only
 pretends to be where its counter says. A trajectory resets at the start of a truncation, inside the differentiated and
@@ -37,10 +39,23 @@ class Estimator(NamedTuple):
 
 
 class Particle(NamedTuple):
-    """One antithetic pair of trajectories; an estimator's `particles` are N of them, stacked."""
+    """One antithetic pair of trajectories."""
     state: Any    # of the inner problem at the end of the last truncation; pes stacks both signs' states, [2, ...]
     xi: Any       # sum of the perturbations since the reset, shaped like theta (pes), or () (the others)
     t: jax.Array  # steps since the reset; once it is T, the next truncation begins with a reset
+
+
+class Variances(NamedTuple):
+    """Running averages of the variance over the pairs, for each meta-parameter: [P] each; and how many went in."""
+    rp: jax.Array
+    es: jax.Array
+    count: jax.Array
+
+
+class Particles(NamedTuple):
+    """What an estimator carries from one estimate to the next."""
+    pairs: Particle  # N of them, stacked
+    variances: Any   # combined's weights come from them; () for the others
 
 
 def truncated_backprop(problem, *, num_pairs, truncation, horizon, sigma=0.0, cap=10.0, clip=jnp.inf):
@@ -109,6 +124,61 @@ def pes(problem, *, num_pairs, truncation, horizon, sigma, cap=10.0):
     return over_pairs(pair, problem, num_pairs, truncation, horizon, persistent=True)
 
 
+def combined(problem, *, num_pairs, truncation, horizon, sigma, cap=10.0, clip=jnp.inf, history=True, running=True):
+    """The whole formula: inverse-variance weights (P1 section 3) for the current truncation, PES's term (P3) for earlier ones.
+
+    The weights come from earlier estimates (`running`), so that they are independent of what they weigh, or from the
+    very same sample, as in P1, which is biased where that sample does not show the variance. Without `history` the
+    earlier truncations are dropped and both signs start alike. `clip` is that of truncated_backprop, before the merge.
+
+    The part of dL that w rp explains, 2 eps.(w rp), tells nothing of the past, so the history term goes without it (a
+    control variate, after P3's PES-Analytic). That keeps the mean exactly where the loss's curvature in theta does not
+    depend on the state; elsewhere it moves by an amount of order sigma^2, as smoothing itself does.
+    ValueError for fewer than two pairs, whose variance can't be told.
+    """
+    if num_pairs < 2:
+        raise ValueError(f"inverse-variance weights need at least 2 pairs, not {num_pairs}")
+    unroll = make_unroll(problem, truncation, horizon, cap)
+
+    def pair(theta, particle, key):
+        eps_key, key = jax.random.split(key)
+        eps = perturbation(eps_key, theta, sigma)
+
+        def mean_loss(thetas):
+            losses, rest = jax.vmap(unroll, (0, 0, None, None))(thetas, particle.state, particle.t, key)
+            return jnp.mean(losses), (losses, rest)
+
+        gradients, (loss, (states, capped)) = jax.grad(mean_loss, has_aux=True)(at_signs(theta, eps, jnp.float32([1, -1])))
+        rp, dropped = clip_norm(jax.tree.map(lambda g: jnp.sum(g, 0), gradients), clip)
+        xi = jax.tree.map(lambda x: jnp.where(particle.t >= horizon, 0, x), particle.xi)
+        carried = (states, jax.tree.map(jnp.add, xi, eps)) if history else (both(first(states)), xi)
+        particle = Particle(*carried, advance(particle.t, truncation, horizon))
+        slope = (loss[0] - loss[1]) / (2 * sigma ** 2)
+        rp, eps, xi = (ravel_pytree(x)[0] for x in (rp, eps, xi))
+        return (rp, eps, xi, slope), particle, {"loss": loss, "capped": capped, "dropped": dropped}
+
+    def merge(terms, variances):
+        rp, eps, xi, slope = terms  # [N, P], [N, P], [N, P], [N]
+        es = slope[:, None] * eps
+        sample = jnp.var(rp, 0, ddof=1), jnp.var(es, 0, ddof=1)
+        v_rp, v_es = variances[:2] if running else sample
+        w = (v_es + 1e-30) / (v_es + v_rp + 2e-30)  # [P]
+        if running:
+            w = jnp.where(variances.count > 0, w, 0.0)
+        explained = (eps * rp) @ w / sigma ** 2  # [N]
+        past = (slope - explained)[:, None] * xi
+        average = lambda old, new: jnp.where(variances.count > 0, 0.99 * old + 0.01 * new, new)
+        variances = Variances(average(variances.rp, sample[0]), average(variances.es, sample[1]), variances.count + 1)
+        spread = {name: jnp.sum(jnp.var(x, 0, ddof=1)) for name, x in (("rp", rp), ("es", es), ("history", past))}
+        metrics = {"weight": jnp.mean(w)} | {f"variance_{name}": x for name, x in spread.items()}
+        return w * jnp.mean(rp, 0) + (1 - w) * jnp.mean(es, 0) + jnp.mean(past, 0), variances, metrics
+
+    return over_pairs(pair, problem, num_pairs, truncation, horizon, persistent=True, merge=merge)
+
+
+merged = functools.partial(combined, history=False, running=False)  # P1's estimator
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def bounded_adjoint(x, bound):
     """x itself; but the gradient that backprop sends back through it has a norm of at most `bound`, and is 0 if not finite.
@@ -148,8 +218,13 @@ def make_unroll(problem, truncation, horizon, cap):
     return unroll
 
 
-def over_pairs(pair, problem, num_pairs, truncation, horizon, persistent=False):
-    """The Estimator that runs `pair` on N particles at once and averages their gradients."""
+def mean(gradients, variances):
+    """The merge of all but `combined`: the mean over the pairs."""
+    return jnp.mean(jax.vmap(lambda g: ravel_pytree(g)[0])(gradients), 0), variances, {}
+
+
+def over_pairs(pair, problem, num_pairs, truncation, horizon, persistent=False, merge=mean):
+    """The Estimator that runs `pair` on N particles at once and merges what they find to one gradient."""
     if horizon % truncation:
         raise ValueError(f"the horizon ({horizon}) must be a multiple of the truncation ({truncation})")
 
@@ -158,15 +233,18 @@ def over_pairs(pair, problem, num_pairs, truncation, horizon, persistent=False):
         phase = jnp.arange(num_pairs) * (horizon // truncation) // num_pairs
         xi = ()
         if persistent:
-            state = jax.tree.map(lambda x: jnp.stack([x, x], 1), state)
+            state = jax.vmap(both)(state)
             xi = jax.tree.map(lambda x: jnp.zeros((num_pairs, *x.shape)), theta)
-        return Particle(state, xi, horizon - phase * truncation)
+        zeros = jnp.zeros(ravel_pytree(theta)[0].shape)
+        variances = () if merge is mean else Variances(zeros, zeros, jnp.int32(0))
+        return Particles(Particle(state, xi, horizon - phase * truncation), variances)
 
     def estimate(theta, particles, key):
-        gradients, particles, metrics = jax.vmap(pair, (None, 0, 0))(theta, particles, jax.random.split(key, num_pairs))
-        gradient = jax.tree.map(lambda g: jnp.mean(g, 0), gradients)
-        return gradient, particles, {"loss": jnp.mean(metrics["loss"]), "capped": jnp.sum(metrics["capped"]),
-                                     "dropped": jnp.sum(metrics["dropped"])}
+        found, pairs, metrics = jax.vmap(pair, (None, 0, 0))(theta, particles.pairs, jax.random.split(key, num_pairs))
+        gradient, variances, more = merge(found, particles.variances)
+        metrics = {"loss": jnp.mean(metrics["loss"]), "capped": jnp.sum(metrics["capped"]),
+                   "dropped": jnp.sum(metrics["dropped"])} | more
+        return ravel_pytree(theta)[1](gradient), Particles(pairs, variances), metrics
 
     return Estimator(init, estimate)
 
@@ -188,6 +266,10 @@ def at_signs(theta, eps, signs):
 
 def first(states):
     return jax.tree.map(lambda x: x[0], states)
+
+
+def both(state):
+    return jax.tree.map(lambda x: jnp.stack([x, x]), state)
 
 
 def clip_norm(gradient, clip):

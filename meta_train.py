@@ -34,7 +34,7 @@ class Settings:
     """Every field is a flag. The defaults are those of the README's figures; RECIPES holds what the others need."""
     optimizer: str = flag("hierarchical", "what to meta-train: hierarchical (P2) or per_parameter_mlp (P1)")
     output: str = flag("anchored", "form of the optimizer's step: anchored (on Adam's) or papers")
-    estimator: str = flag("truncated_backprop", "of the meta-gradient: truncated_backprop, es or pes")
+    estimator: str = flag("truncated_backprop", "of the meta-gradient: truncated_backprop, es, merged, pes or combined")
     target: str = flag("valid", "the loss that theta is for: valid (held-out batches, as both papers advise) or train")
     outer_steps: int = flag(280, "updates of theta; the outer learning rate falls to zero over them")
     minutes: float = flag(7.8, "stop then even if steps are left, fit and compare; counted from each launch")
@@ -43,9 +43,9 @@ class Settings:
     horizon: int = flag(400, "T, inner steps of an episode")
     truncation: int = flag(400, "K, inner steps of one unroll; only K = T leaves backprop without truncation bias")
     num_pairs: int = flag(2, "N, antithetic pairs (of trajectories; without noise each pair is a single one)")
-    sigma: float = flag(0.0, "standard deviation of the smoothing noise on theta; es and pes need some")
+    sigma: float = flag(0.0, "standard deviation of the smoothing noise on theta; all but truncated_backprop need some")
     adjoint: float = flag(1.0, "largest norm of the signal that backprop sends from one inner step to the one before")
-    clip: float = flag(0.3, "largest norm of one trajectory's gradient (truncated_backprop only)")
+    clip: float = flag(0.3, "largest norm of one trajectory's pathwise gradient")
     learning_rate: float = flag(6e-3, "of the outer Adam at its start")
     fit: int = flag(64, "meta-training tasks that fit the step size at the end (0: leave it; anchored only)")
     compare: int = flag(64, "held-out tasks of the comparison at the end")
@@ -53,10 +53,11 @@ class Settings:
 
 RECIPES = {"truncated_backprop": {},
            "es": dict(outer_steps=5000, truncation=20, num_pairs=16, sigma=0.01, learning_rate=1e-3),
-           "pes": dict(outer_steps=5000, truncation=20, num_pairs=16, sigma=0.01, learning_rate=1e-3)}
+           "merged": dict(sigma=0.01),
+           "pes": dict(outer_steps=5000, truncation=20, num_pairs=16, sigma=0.01, learning_rate=1e-3),
+           "combined": dict(outer_steps=1000, truncation=100, num_pairs=4, sigma=0.01)}
 SPLITS = {"valid": "outer_valid", "train": "train"}  # where the batches of the outer loss come from
 MULTIPLES = 2.0 ** np.arange(-1.5, 0.6, 0.5)  # of the step size, tried by `fit_step_size`
-COLUMNS = ("step", "loss", "smoothed", "gradient", "capped", "dropped", "seconds")
 
 
 class Run(NamedTuple):
@@ -114,7 +115,7 @@ def make_outer(settings):
     """-> (start(seed) -> Run, outer_step(run, key) -> (run, row of numbers)), the latter jitted."""
     learned = model.LEARNED[settings.optimizer](**sizes(settings))
     problem = inner_problem(tasks.mlp(), learned, settings.target, settings.horizon, settings.adjoint)
-    clip = {"clip": settings.clip} if settings.estimator == "truncated_backprop" else {}
+    clip = {} if settings.estimator in ("es", "pes") else {"clip": settings.clip}
     estimator = getattr(estimators, settings.estimator)(
         problem, num_pairs=settings.num_pairs, truncation=settings.truncation, horizon=settings.horizon,
         sigma=settings.sigma, cap=CAP, **clip)
@@ -134,14 +135,14 @@ def make_outer(settings):
         updates, opt_state = adam.update(clipped, run.opt_state)
         loss = metrics["loss"]
         smoothed = jnp.where(run.step == 0, loss, 0.97 * run.smoothed + 0.03 * loss)
-        row = {"step": run.step + 1, "loss": loss, "smoothed": smoothed, "gradient": jnp.linalg.norm(gradient),
-               "capped": metrics["capped"], "dropped": metrics["dropped"]}
+        row = metrics | {"step": run.step + 1, "smoothed": smoothed, "gradient": jnp.linalg.norm(gradient)}
         rate = 1 / (1 + 10 * run.step / settings.outer_steps)  # most is learned early; what comes later needs averaging
         return Run(unravel(theta + rate * updates), opt_state, particles, run.step + 1, smoothed), row
 
     rows = evaluate.sharding(settings.num_pairs)
     everywhere = jax.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())
-    layout = Run(everywhere, everywhere, rows, everywhere, everywhere)  # the pairs are shared out, the rest is copied
+    particles = estimators.Particles(rows, everywhere)  # the pairs are shared out, the rest is copied
+    layout = Run(everywhere, everywhere, particles, everywhere, everywhere)
     return (jax.jit(start, out_shardings=layout),
             jax.jit(outer_step, in_shardings=(layout, everywhere), out_shardings=(layout, everywhere)))
 
@@ -171,7 +172,10 @@ def train(settings, folder, run, outer_step, launch):
                 before = time.time()
                 run, row = outer_step(run, key)
                 row = jax.device_get(row) | {"seconds": time.time() - before}
-                csv.writer(log).writerow([f"{row[c]:.6g}" for c in COLUMNS])
+                row = {name: row[name] for name in ("step", "loss", "smoothed", "gradient")} | row  # these come first in the log
+                if not log.tell():
+                    csv.writer(log).writerow(row)
+                csv.writer(log).writerow([f"{x:.6g}" for x in row.values()])
                 if row["step"] == first + 1:
                     print(f"first outer step {time.time() - launch:.1f} s after launch")
                     start = time.time()
@@ -279,9 +283,10 @@ def print_progress(row, settings, pace, launch):
 def keep_rows(path, steps):
     """Drops what the log says of outer steps that were lost with the process that made them."""
     with open(path, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= steps]
+        reader = csv.DictReader(file)
+        rows = [row for row in reader if int(row["step"]) <= steps]
     with open(path + ".partial", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, reader.fieldnames or [])
         writer.writeheader()
         writer.writerows(rows)
     os.replace(path + ".partial", path)
@@ -360,11 +365,10 @@ def main():
     launch = time.time()
     settings, folder, arrays, parser = parse()
     try:
+        programs = make_outer(settings)
         if not arrays:
             os.makedirs(folder)
-            with open(os.path.join(folder, "log.csv"), "x", newline="") as log:
-                csv.writer(log).writerow(COLUMNS)
-        run, outer_step = compiled(*make_outer(settings), jax.random.key(settings.seed))
+        run, outer_step = compiled(*programs, jax.random.key(settings.seed))
         if arrays:
             run = restore(folder, arrays, run)
             keep_rows(os.path.join(folder, "log.csv"), int(run.step))

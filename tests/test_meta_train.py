@@ -136,7 +136,7 @@ def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monk
     for arguments in (["--nonsense"], ["--optimizer", "adam"], ["--output", "relu"], ["--estimator", "rtrl"], ["--target", "test"],
                       ["--outer-steps", "many"], ["--outer-steps", 0], ["--minutes", -1], ["--minutes", "nan"],
                       ["--horizon", 30, "--truncation", 30], ["--horizon", 400, "--truncation", 300],
-                      ["--estimator", "pes", "--sigma", 0], ["--sigma", -1], ["--num-pairs", 0], ["--clip", 0], ["--fit", -1], ["--compare", 3],
+                      ["--estimator", "pes", "--sigma", 0], ["--sigma", -1], ["--num-pairs", 0], ["--estimator", "merged", "--num-pairs", 1], ["--clip", 0], ["--fit", -1], ["--compare", 3],
                       ["--out", whole[0]], ["--out", tmp_path / "file"], ["--out", tmp_path / "file" / "run"], ["--out", "/proc/run"],
                       ["--resume", tmp_path / "nowhere"], ["--resume", tmp_path / "empty"],
                       ["--resume", tmp_path / "damaged"], ["--resume", tmp_path / "foreign"],
@@ -165,7 +165,7 @@ def test_the_outer_loss_is_the_root_of_the_relative_validation_loss_and_grows_wi
     np.testing.assert_allclose(loss, 6 * 0.75 ** 2 * np.sqrt(value / begin), rtol=1e-5)  # step 30 of 40
 
 
-@pytest.mark.parametrize("estimator", ["truncated_backprop", "es", "pes"])
+@pytest.mark.parametrize("estimator", meta_train.RECIPES)
 def test_an_outer_step_moves_theta_by_adam_on_the_clipped_gradient(estimator):
     settings = meta_train.Settings(**meta_train.RECIPES[estimator] | dict(
         optimizer="per_parameter_mlp", estimator=estimator, horizon=20, truncation=10, num_pairs=2))
