@@ -70,16 +70,16 @@ class Run(NamedTuple):
 
 
 def outer_loss(loss, start, progress):
-    """6 (t/T)^2 sqrt(l / l_0): what a loss l counts after inner step t of T (progress = t/T) in a task that began at l_0.
+    """10 (t/T)^4 sqrt(l / l_0): what a loss l counts after inner step t of T (progress = t/T) in a task that began at l_0.
 
     Dividing by l_0 makes tasks comparable (P2 section 3.2 normalises for the same end). The rest is this project's: the
     root lets neither the tasks that can be solved dominate, as the logarithm would, nor those that can't, as l / l_0
     would; and where training ends matters more than how it begins. The 1e-6 keeps the root differentiable at l = 0.
     """
-    return 6 * progress ** 2 * jnp.sqrt(loss / start + 1e-6)
+    return 10 * progress ** 4 * jnp.sqrt(loss / start + 1e-6)
 
 
-CAP = 6 * 10 ** 0.5  # the outer loss of ten times the start, at the end; P1 caps the loss itself at 10
+CAP = 10 * 10 ** 0.5  # the outer loss of ten times the start, at the end; P1 caps the loss itself at 10
 
 
 def inner_problem(family, learned, target, horizon, adjoint=jnp.inf):

@@ -162,7 +162,7 @@ def test_the_outer_loss_is_the_root_of_the_relative_validation_loss_and_grows_wi
     (_, after, _), loss = problem.step(theta, state, jax.random.key(2))
     step_key, batch_key = jax.random.split(jax.random.key(2))
     value = family.loss(task, after.params, family.batch(task, batch_key, "outer_valid"))
-    np.testing.assert_allclose(loss, 6 * 0.75 ** 2 * np.sqrt(value / begin), rtol=1e-5)  # step 30 of 40
+    np.testing.assert_allclose(loss, 10 * 0.75 ** 4 * np.sqrt(value / begin), rtol=1e-5)  # step 30 of 40
 
 
 @pytest.mark.parametrize("estimator", meta_train.RECIPES)
