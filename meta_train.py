@@ -286,9 +286,10 @@ def keep_rows(path, steps):
         reader = csv.DictReader(file)
         rows = [row for row in reader if int(row["step"]) <= steps]
     with open(path + ".partial", "w", newline="") as file:
-        writer = csv.DictWriter(file, reader.fieldnames or [])
-        writer.writeheader()
-        writer.writerows(rows)
+        if rows:
+            writer = csv.DictWriter(file, reader.fieldnames)
+            writer.writeheader()
+            writer.writerows(rows)
     os.replace(path + ".partial", path)
 
 
