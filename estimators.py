@@ -14,7 +14,8 @@ K steps (`truncation`) of N antithetic pairs of trajectories (`num_pairs`). For 
 
 where dL = L(theta + eps) - L(theta - eps), L is the mean loss of the truncation, rp its pathwise gradient,
 eps ~ N(0, sigma^2), and xi the sum of the trajectory's earlier perturbations. Those that drop earlier truncations are
-biased when K < T. Both signs of a pair share everything random: task, initialisation, batches. P1: Metz et al. 2019, section 3. P3: Vicol et al. 2021, arXiv 2112.13835.
+biased when K < T. Both signs of a pair share everything random: task, initialisation, batches. P1: Metz et al. 2019,
+section 3. P3: Vicol et al. 2021, arXiv 2112.13835.
 
 Starts are staggered, so that the pairs together cover all parts of an episode; until its first reset a trajectory only
 pretends to be where its counter says. A trajectory resets at the start of a truncation, inside the differentiated and
@@ -40,8 +41,8 @@ class Estimator(NamedTuple):
 
 class Particle(NamedTuple):
     """One antithetic pair of trajectories."""
-    state: Any    # of the inner problem at the end of the last truncation; pes stacks both signs' states, [2, ...]
-    xi: Any       # sum of the perturbations since the reset, shaped like theta (pes), or () (the others)
+    state: Any    # of the inner problem at the end of the last truncation; [2, ...], one for each sign, in pes and combined
+    xi: Any       # sum of the perturbations since the reset, shaped like theta (pes, combined), or () (the others)
     t: jax.Array  # steps since the reset; once it is T, the next truncation begins with a reset
 
 

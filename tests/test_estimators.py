@@ -67,12 +67,13 @@ def test_pes_is_unbiased_over_the_whole_horizon(truncation):
     np.testing.assert_array_less(np.abs(mean - truth()), 3 * error + 1e-3)
 
 
-@pytest.mark.parametrize("truncation", [1, 2, 4])
-def test_combined_is_unbiased_too_at_a_lower_error(truncation):
+@pytest.mark.parametrize("truncation, share", [(1, 0.86), (2, 0.70), (4, 0.58)])
+def test_combined_is_unbiased_too_at_a_lower_error(truncation, share):
+    """Its standard error is at most this share of PES's; without the control variate one of the three is above that."""
     whole = dict(num_pairs=8, truncation=truncation, horizon=T, sigma=0.1, cap=1e6)
     mean, error = draws(estimators.combined(quadratic(), **whole), 4000)
     _, pes_error = draws(estimators.pes(quadratic(), **whole), 4000)
-    assert (error < 0.02 * np.abs(truth()).max()).all() and (error < 0.9 * pes_error).all()
+    assert (error < 0.02 * np.abs(truth()).max()).all() and (error < share * pes_error).all()
     np.testing.assert_array_less(np.abs(mean - truth()), 3 * error + 1e-3)
 
 
