@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
+import estimators
 import model
 import tasks
 
@@ -55,28 +56,18 @@ def learning_curve(family, optimizer, key, horizon):
     return jnp.concatenate([measure(start)[None], losses])
 
 
-def sharding(n):
-    """How to lay out n rows over as many devices as divide n."""
-    devices = max(d for d in range(1, jax.device_count() + 1) if n % d == 0)
-    mesh = jax.make_mesh((devices,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
-    return jax.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
-
-
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
 def learning_curves(family, make_optimizer, hyper, keys, horizon):
-    """`learning_curve` of every task (keys [n]) under every optimizer make_optimizer(hyper[h]) -> [n, h, points, 2].
+    """`learning_curve` of every task (keys [n]) under every optimizer make_optimizer(hyper[h]) -> [n, h, points, 2]."""
+    settings = len(jax.tree.leaves(hyper)[0])
+    i, j = jnp.divmod(jnp.arange(len(keys) * settings), settings)
 
-    The tasks are shared out among the devices, and each device takes a few at a time, so that they stay in its cache.
-    """
-    rows = sharding(len(keys))
-    everywhere = jax.sharding.PartitionSpec()
+    def one(shared, row):
+        keys, hyper = shared
+        return learning_curve(family, make_optimizer(jax.tree.map(lambda x: x[row[1]], hyper)), keys[row[0]], horizon)
 
-    @jax.jit
-    @functools.partial(jax.shard_map, mesh=rows.mesh, in_specs=(everywhere, rows.spec), out_specs=rows.spec, check_vma=False)
-    def run(hyper, keys):
-        one = lambda key, h: learning_curve(family, make_optimizer(h), key, horizon)
-        return jax.lax.map(lambda key: jax.vmap(one, (None, 0))(key, hyper), keys, batch_size=4)
-
-    return np.asarray(run(hyper, keys))
+    curves = estimators.over_devices(one, len(i))((keys, hyper), (i, j))
+    return curves.reshape(len(keys), settings, *curves.shape[1:])
 
 
 def compare(family, learned, theta, num_tasks, horizon, seed=0):
@@ -85,7 +76,7 @@ def compare(family, learned, theta, num_tasks, horizon, seed=0):
     runs = {name: (functools.partial(make, horizon=horizon), jnp.float32(RATES)) for name, make in BASELINES.items()}
     runs["learned"] = learned.optimizer, jax.tree.map(lambda x: jnp.asarray(x)[None], theta)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # one compiles while the other runs
-        curves = pool.map(lambda run: learning_curves(family, *run, keys, horizon), runs.values())
+        curves = pool.map(lambda run: np.asarray(learning_curves(family, *run, keys, horizon)), runs.values())
         return dict(zip(runs, curves))
 
 

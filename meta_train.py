@@ -36,7 +36,7 @@ class Settings:
     output: str = flag("anchored", "form of the optimizer's step: anchored (on Adam's) or papers")
     estimator: str = flag("truncated_backprop", "of the meta-gradient: truncated_backprop, es, merged, pes or combined")
     target: str = flag("valid", "the loss that theta is for: valid (held-out batches, as both papers advise) or train")
-    outer_steps: int = flag(280, "updates of theta; the outer learning rate falls to zero over them")
+    outer_steps: int = flag(320, "updates of theta; the outer learning rate falls to zero over them")
     minutes: float = flag(7.8, "stop then even if steps are left, fit and compare; counted from each launch")
     save_seconds: float = flag(30.0, "time between two saves")
     seed: int = flag(0, "of theta, tasks and noise")
@@ -47,7 +47,7 @@ class Settings:
     adjoint: float = flag(1.0, "largest norm of the signal that backprop sends from one inner step to the one before")
     clip: float = flag(0.3, "largest norm of one trajectory's pathwise gradient")
     learning_rate: float = flag(6e-3, "of the outer Adam at its start")
-    fit: int = flag(64, "meta-training tasks that fit the step size at the end (0: leave it; anchored only)")
+    fit: int = flag(128, "meta-training tasks that fit the step size at the end (0: leave it; anchored only)")
     compare: int = flag(64, "held-out tasks of the comparison at the end")
 
 
@@ -139,7 +139,7 @@ def make_outer(settings):
         rate = 1 / (1 + 10 * run.step / settings.outer_steps)  # most is learned early; what comes later needs averaging
         return Run(unravel(theta + rate * updates), opt_state, particles, run.step + 1, smoothed), row
 
-    rows = evaluate.sharding(settings.num_pairs)
+    rows = estimators.sharding(settings.num_pairs)
     everywhere = jax.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())
     particles = estimators.Particles(rows, everywhere)  # the pairs are shared out, the rest is copied
     layout = Run(everywhere, everywhere, particles, everywhere, everywhere)

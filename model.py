@@ -308,7 +308,7 @@ class HierarchicalState(NamedTuple):
 FEEDBACK, CONTEXT, CONDITION = 16, 18, 17  # sizes of P2's three messages: MLP to LSTM, LSTM to LSTM, LSTM to MLP
 
 
-def hierarchical(lstm=16, hidden=8, anchored=True):
+def hierarchical(lstm=32, hidden=16, anchored=True):
     """P2's optimizer (section 3.3 and appendix C; the papers' sizes are lstm=64, hidden=32).
 
     Per tensor, an LSTM reads statistics of momenta, second moments, weights, gradient and shape, how the training and

@@ -184,9 +184,9 @@ def mlp(alphabet="meta_train", max_depth=2, max_width=32, max_batch=64, num_clas
         return params
 
     def batch(task, key, split):
-        bits = jax.random.bits(key, (3, max_batch))  # one call: random numbers are a good part of a small step
-        y, e = bits[0] % num_classes, bits[1] % images[split].shape[1]
-        x = images[split][task.classes[y], e] + task.input_noise * noise[bits[2] % len(noise)]  # [B, 64]
+        u = jax.random.uniform(key, (3, max_batch))  # one call: random numbers are a good part of a small step
+        y, e, n = (u * np.float32([[num_classes], [images[split].shape[1]], [len(noise)]])).astype(int)
+        x = images[split][task.classes[y], e] + task.input_noise * noise[n]  # [B, 64]
         if split != "train":
             return x * task.input_scale, y, jnp.ones(max_batch)
         y = jnp.where(luck[y, e] < task.label_noise, (y + wrong[y, e]) % num_classes, y)
@@ -196,11 +196,11 @@ def mlp(alphabet="meta_train", max_depth=2, max_width=32, max_batch=64, num_clas
         x, y, weight = batch
         for i in range(max_depth):
             h = x @ params[f"w{i}"] + params[f"b{i}"][None]
-            h = sum(jnp.where(task.activation == j, f(h), 0.0) for j, f in enumerate(ACTIVATIONS))
+            h = jax.lax.select_n(task.activation, *(f(h) for f in ACTIVATIONS))
             h = jnp.where(jnp.arange(max_width)[None] < task.widths[i], h, 0.0)
             x = h if i == 0 else jnp.where(i < task.depth, h, x)  # a layer beyond the depth is skipped
         logits = x @ params[f"w{max_depth}"] + params[f"b{max_depth}"][None]  # [B, 10]
-        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)[:, 0]
+        nll = -jnp.vecdot(jax.nn.one_hot(y, num_classes), jax.nn.log_softmax(logits))
         return jnp.sum(weight * nll) / jnp.sum(weight)
 
     return TaskFamily("mlp", sample, init, batch, loss)
