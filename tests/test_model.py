@@ -243,9 +243,9 @@ def test_each_cue_steers_the_pace():
         _, state = update(theta, state, g, loss, valid)
     last = lambda steer: update(theta | {"steer": steer}, state, grads[2], losses[2], valid_losses[2])
     plain, after = last(theta["steer"])
-    one_each = 0.01 * jnp.eye(30)[:, :, None] * (jnp.arange(1 + model.ODD) == 0)[None, None]  # only the pace is steered
+    one_each = 0.01 * jnp.eye(len(theta["steer"]))[:, :, None] * (jnp.arange(1 + model.ODD) == 0)[None, None]  # only the pace is steered
     steered, _ = jax.vmap(last)(one_each)
-    cue = 100 * np.log(steered["matrix"] / plain["matrix"][None])  # [30, 5, 7]
+    cue = 100 * np.log(steered["matrix"] / plain["matrix"][None])  # [cues, 5, 7]
     m, v, mean, variance, valid_mean = np.zeros((5, 35)), np.zeros(35), 0.0, 0.0, 0.0
     decays = np.array([[0.5], [0.9], [0.99], [0.999], [0.9999]])
     for g, loss, valid in zip(grads, losses, valid_losses):
