@@ -245,8 +245,10 @@ def test_bounding_the_adjoint_keeps_a_chaotic_unroll_from_drowning_the_gradient(
         assert low < abs(gradient["x"]) < high
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # one after another, or all of a device at once
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
-def test_rows_are_shared_out_and_come_back_in_order(n):
+def test_rows_are_shared_out_and_come_back_in_order(n, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     rows = {"x": jnp.arange(2.0 * n).reshape(n, 2), "i": jnp.arange(n)}
     found = jax.jit(estimators.over_devices(lambda shared, row: shared["y"] @ row["x"] + row["i"], n))({"y": jnp.float32([1, 10])}, rows)
     np.testing.assert_array_equal(found, [2 * i + 10 * (2 * i + 1) + i for i in range(n)])

@@ -1,0 +1,389 @@
+"""The papers' experiments on estimators, a function each: `python experiments.py NAME` writes NAME.png and NAME.csv."""
+import argparse
+import csv
+import functools
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+import estimators
+import evaluate
+import meta_train
+import model
+import tasks
+from estimators import InnerProblem
+from evaluate import plt
+
+COLORS = {"truncated_backprop": "C0", "es": "C1", "merged": "C2", "pes": "C4", "combined": "C3"}
+
+
+def make(name, problem, sigma, **options):
+    """The estimator of that name; truncated_backprop goes without noise."""
+    sigma = 0.0 if name == "truncated_backprop" else sigma
+    return getattr(estimators, name)(problem, sigma=sigma, **options)
+
+
+def descend(estimator, optimizer, count, theta, key):
+    """theta after each of `count` steps of an optimizer along the estimates -> [count, P]."""
+    def body(carry, key):
+        theta, state, particles = carry
+        gradient, particles, _ = estimator.estimate(theta, particles, key)
+        updates, state = optimizer.update(gradient, state)
+        theta = jax.tree.map(jnp.add, theta, updates)
+        return (theta, state, particles), ravel_pytree(theta)[0]
+
+    start_key, key = jax.random.split(key)
+    start = theta, optimizer.init(theta), estimator.init(theta, start_key)
+    return jax.lax.scan(body, start, jax.random.split(key, count))[1]
+
+
+def episode_loss(problem, horizon, theta, key, cap=10.0):
+    """The mean loss of one episode at theta; what is above the cap counts as the cap."""
+    start_key, key = jax.random.split(key)
+    unroll = estimators.make_unroll(problem, horizon, horizon, cap)
+    return unroll(theta, problem.reset(theta, start_key), jnp.int32(horizon), key)[0]
+
+
+# ---------------------------------------------------------------- how the outer loss looks
+
+def quartic(horizon):
+    """(w - 4)(w - 3) w^2 after T steps of SGD with momentum theta from w = -1.2 (P1 figure 2), as the mean over the episode."""
+    loss = lambda w: (w - 4) * (w - 3) * w ** 2
+
+    def step(theta, state, key):
+        w, m, t = state
+        m = theta["momentum"] * m + jax.grad(loss)(w)
+        w, t = w - 0.01 * m, t + 1
+        return (w, m, t), jnp.where(t == horizon, horizon * jnp.minimum(loss(w), 10.0), 0.0)
+
+    return InnerProblem(lambda theta, key: (jnp.float32(-1.2), jnp.float32(0), jnp.int32(0)), step)
+
+
+def smooth(x, y, sigma):
+    """y over evenly spaced x, with Gaussian noise on x averaged out."""
+    weights = np.exp(-0.5 * ((x[:, None] - x[None]) / sigma) ** 2)
+    return weights @ y / weights.sum(1)
+
+
+def landscape(seed):
+    """The longer the unroll, the more jagged the loss as a function of theta; noise on theta smooths it (P1 figure 2)."""
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6), layout="constrained")
+    rows = []
+
+    def draw(axis, title, label, x, y, sigma):
+        smoothed = smooth(x, y, sigma)
+        axis.plot(x, y, lw=0.6, label="outer loss")
+        axis.plot(x, smoothed, lw=2, label=f"smoothed, sigma = {sigma}")
+        axis.set(title=title, xlabel=label)
+        axis.legend()
+        rows.extend({"panel": title, "x": a, "loss": b, "smoothed": c} for a, b, c in zip(x, y, smoothed))
+
+    momenta = np.linspace(0, 0.99, 4000)
+    for axis, horizon in zip(axes[0], (10, 50, 200)):
+        unroll = estimators.make_unroll(quartic(horizon), horizon, horizon, jnp.inf)
+        final = lambda m: unroll({"momentum": m}, quartic(horizon).reset(None, None), jnp.int32(0), jax.random.key(0))[0]
+        draw(axis, f"quartic, {horizon} steps", "momentum", momenta, np.array(jax.jit(jax.vmap(final))(jnp.float32(momenta))), 0.01)
+    learned = model.per_parameter_mlp()
+    theta_key, direction_key, key = jax.random.split(jax.random.key(seed), 3)
+    theta, unravel = ravel_pytree(learned.init(theta_key))
+    direction = jax.random.normal(direction_key, theta.shape)
+    offsets = np.linspace(-0.5, 0.5, 600)
+    for axis, horizon in zip(axes[1], (10, 50, 200)):
+        problem = meta_train.inner_problem(tasks.mlp(), learned, "train", horizon)
+        at = lambda key, x: episode_loss(problem, horizon, unravel(theta + x * direction), key)
+        losses = jax.jit(lambda key, x: estimators.over_devices(at, len(offsets))(key, x))(key, jnp.float32(offsets))
+        draw(axis, f"per-parameter MLP, {horizon} steps", "theta along a random direction", offsets, np.array(losses), 0.02)
+    return figure, rows
+
+
+# ---------------------------------------------------------------- where truncation leads
+
+def noisy_quadratic(horizon):
+    """Adam on 20 dimensions of curvature 0.01 to 1 under gradient noise; theta is the logarithm of its learning rate."""
+    curvature = jnp.logspace(-2, 0, 20)
+
+    def reset(theta, key):
+        return jnp.ones(20), model.adam(0.0).init(jnp.ones(20))
+
+    def step(theta, state, key):
+        x, adam_state = state
+        gradient = curvature * x + 0.3 * jax.random.normal(key, x.shape)
+        updates, adam_state = model.adam(jnp.exp(theta["log_lr"])).update(gradient, adam_state)
+        x = x + updates
+        return (x, adam_state), 0.5 * jnp.sum(curvature * x * x)
+
+    return InnerProblem(reset, step)
+
+
+def influence_balancing():
+    """The drive theta reaches the loss with the wrong sign first, and with the right one, stronger, later (P3). Best: -1/6."""
+    a = 0.5 * (jnp.eye(23) + jnp.eye(23, k=1))
+    drive = jnp.where(jnp.arange(23) < 10, 1.0, -1.0)
+
+    def step(theta, state, key):
+        state = a @ state + theta["x"] * drive
+        return state, 0.5 * (state[0] - 1) ** 2
+
+    return InnerProblem(lambda theta, key: jnp.ones(23), step)
+
+
+def truncation_bias(seed, horizon=200, episodes=100):
+    """Learning Adam's log learning rate from unrolls of K of the T steps (P1 figure 3), and influence balancing (P3)."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    problem, rows = noisy_quadratic(horizon), []
+    grid = np.linspace(-6, 0, 121)
+    keys = jax.random.split(jax.random.key(seed), 64)
+    loss = lambda x: jnp.mean(jax.vmap(lambda key: episode_loss(problem, horizon, {"log_lr": x}, key))(keys))
+    best = float(np.exp(grid[np.argmin(jax.jit(lambda x: jax.lax.map(loss, x))(jnp.float32(grid)))]))
+    axes[0].axhline(best, color="black", lw=1, ls=":", label="best")
+    truncations = (5, 20, 50, horizon)
+    for (name, color), line in zip(COLORS.items(), ("-", "--", ":", "-", "--")):
+        ends = []
+        for truncation in truncations:
+            estimator = make(name, problem, 0.1, num_pairs=8, truncation=truncation, horizon=horizon, cap=1e6)
+            count = episodes * horizon // truncation
+            run = jax.jit(functools.partial(descend, estimator, model.nadamw(0.03, nesterov=False, horizon=count), count))
+            at_best = {"log_lr": jnp.float32(np.log(best))}
+            ends.append([float(np.exp(run(at_best, jax.random.key(seed + i))[-1, 0])) for i in range(3)])
+        rows += [{"panel": "learning rate", "estimator": name, "x": k, "value": e} for k, es in zip(truncations, ends) for e in es]
+        axes[0].plot(truncations, np.median(ends, 1), "o-", color=color, label=name)
+        axes[0].fill_between(truncations, np.min(ends, 1), np.max(ends, 1), color=color, alpha=0.2)
+        estimator = make(name, influence_balancing(), 0.1, num_pairs=500, truncation=1, horizon=10 ** 7, cap=1e6)
+        run = jax.jit(functools.partial(descend, estimator, model.sgd(1e-4), 3000))
+        path = np.array(run({"x": jnp.float32(0.5)}, jax.random.key(seed)))[:, 0]
+        axes[1].plot(path, color=color, ls=line, label=name)
+        rows += [{"panel": "influence balancing", "estimator": name, "x": i, "value": path[i]} for i in range(0, len(path), 100)]
+    axes[0].set(xscale="log", yscale="log", xlabel=f"truncation K of T = {horizon} steps", ylabel="learning rate in the end",
+                title="Adam's learning rate, learned (median, range of 3 seeds)")
+    axes[1].axhline(-1 / 6, color="black", lw=1, ls=":")
+    axes[1].set(xlabel="outer step", ylabel="theta", title="influence balancing, K = 1")
+    for axis in axes:
+        axis.legend()
+    return figure, rows
+
+
+# ---------------------------------------------------------------- how noisy the estimates are
+
+def estimates(estimator, count, theta, key):
+    """`count` estimates at one theta, after one that is thrown away -> gradients [count, P], metrics [count] each."""
+    def body(particles, key):
+        gradient, particles, metrics = estimator.estimate(theta, particles, key)
+        return particles, (ravel_pytree(gradient)[0], metrics)
+
+    start_key, key = jax.random.split(key)
+    found = jax.lax.scan(body, estimator.init(theta, start_key), jax.random.split(key, 1 + count))[1]
+    return jax.tree.map(lambda x: x[1:], found)
+
+
+def straight(gradients):
+    """The loss of step t is gradients[t] . theta, whatever came before: gradients [T, P]."""
+    return InnerProblem(lambda theta, key: jnp.int32(0), lambda theta, t, key: (t + 1, jnp.vecdot(gradients[t], theta["x"])))
+
+
+def linear_quadratic():
+    """A linear state under a quadratic loss, with the start learned, too: the meta-gradient has a closed form."""
+    a, b = jnp.array([[0.9, 0.2], [-0.3, 0.8]]), jnp.array([[1.0, 0.5, 0.0], [0.0, -0.5, 1.0]])
+
+    def step(theta, state, key):
+        state = a @ state + b @ theta["x"]
+        return state, 0.5 * jnp.sum(state ** 2)
+
+    return InnerProblem(lambda theta, key: theta["x"][:2], step)
+
+
+def unroll_variance(axis, seed):
+    """P1's optimizer, untrained, on the mlp family: variance of one pair's estimate, summed over theta, against the unroll's
+    length; at a step size that suits the tasks, and at one that is far too large."""
+    learned, rows = model.per_parameter_mlp(), []
+    lengths, rates, pairs = (1, 10, 50, 200), (0.01, 0.3), 16
+    theta = learned.init(jax.random.key(seed))
+    for length in lengths:
+        problem = meta_train.inner_problem(tasks.mlp(), learned, "valid", length)
+        estimator = estimators.merged(problem, num_pairs=pairs, truncation=length, horizon=length, sigma=0.01, cap=meta_train.CAP)
+        run = jax.jit(functools.partial(estimates, estimator, 6))
+        for rate in rates:
+            gradients, metrics = run(theta | {"log_lr": jnp.float32(np.log(rate))}, jax.random.key(seed))
+            found = {"smoothed backprop": jnp.mean(metrics["variance_rp"]), "es": jnp.mean(metrics["variance_es"]),
+                     "merged": pairs * jnp.sum(jnp.var(gradients, 0, ddof=1))}
+            rows += [{"panel": "unroll", "estimator": f"{name}, lr {rate}", "x": length, "value": float(v)}
+                     for name, v in found.items()]
+    for name, color in (("smoothed backprop", "C0"), ("es", "C1"), ("merged", "C2")):
+        for rate, line in zip(rates, ("-", "--")):
+            label = f"{name}, lr {rate}"
+            axis.loglog(lengths, [row["value"] for row in rows if row["estimator"] == label], "o" + line, color=color, label=label)
+    axis.set(xlabel="unrolled steps", ylabel="variance of a pair's estimate", title="per-parameter MLP")
+    return rows
+
+
+def history_variance(axis, seed, counts=(1, 2, 4, 8, 16, 32, 64), size=50):
+    """PES against the number of truncations S of an episode, and its closed form: sum over t of (t P + 1) |g_t|^2."""
+    rows = []
+    draw = jax.random.normal(jax.random.key(seed), (max(counts), size))
+    for label, color, at in (("the same in all", "C4", lambda s: jnp.tile(draw[:1] / s / jnp.linalg.norm(draw[0]), (s, 1))),
+                             ("independent", "C5", lambda s: draw[:s] / jnp.linalg.norm(draw[:s]))):
+        exact, measured = [], []
+        for s in counts:
+            g = at(s)
+            estimator = estimators.pes(straight(g), num_pairs=1, truncation=1, horizon=s, sigma=0.1, cap=1e6)
+            run = jax.jit(functools.partial(estimates, estimator, 2000 * s + s - 1))
+            gradients = run({"x": jnp.zeros(size)}, jax.random.key(seed))[0][s - 1:]  # whole episodes
+            episodes = gradients.reshape(2000, s, size).sum(1)
+            measured.append(float(jnp.sum(jnp.var(episodes, 0, ddof=1))))
+            exact.append(float(jnp.sum((jnp.arange(1, s + 1) * size + 1) * jnp.sum(g ** 2, 1))))
+        axis.loglog(counts, exact, color=color, lw=1)
+        axis.loglog(counts, measured, "o", color=color, label=f"pes, gradients {label}")
+        rows += [{"panel": "history", "estimator": f"pes, {label}", "x": s, "value": m, "closed_form": e}
+                 for s, m, e in zip(counts, measured, exact)]
+    axis.set(xlabel="truncations per episode", ylabel="variance of an episode's estimate", title="P3's closed form (lines)")
+    return rows
+
+
+def crossover(axis, seed, count=2000, horizon=16):
+    """Mean squared error against K and N on the linear-quadratic problem: truncated backprop errs by its bias alone."""
+    problem, theta, rows = linear_quadratic(), {"x": jnp.array([0.4, -0.7, 0.5])}, []
+    truth = jax.grad(lambda theta: episode_loss(problem, horizon, theta, jax.random.key(0), cap=jnp.inf))(theta)["x"]
+    truncations = (1, 2, 4, 8)
+    for name, color in (("truncated_backprop", "C0"), ("pes", "C4"), ("combined", "C3")):
+        for pairs, line in ((4, "-"), (64, "--")) if name != "truncated_backprop" else ((16, "-"),):
+            errors = []
+            for truncation in truncations:
+                estimator = make(name, problem, 0.1, num_pairs=pairs, truncation=truncation, horizon=horizon, cap=1e6)
+                gradients, _ = jax.jit(functools.partial(estimates, estimator, count))(theta, jax.random.key(seed))
+                errors.append(float(jnp.mean(jnp.sum((gradients[200:] - truth[None]) ** 2, 1))))
+            axis.loglog(truncations, errors, "o" + line, color=color, label=name + ("" if pairs == 16 else f", N = {pairs}"))
+            rows += [{"panel": "crossover", "estimator": name, "pairs": pairs, "x": k, "value": e}
+                     for k, e in zip(truncations, errors)]
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel=f"truncation K of T = {horizon} steps", ylabel="mean squared error", title="linear-quadratic problem")
+    return rows
+
+
+def variance(seed):
+    """Variance against the unroll's length (P1 figure 4) and the number of truncations (P3), and where bias outweighs it."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    rows = sum((draw(axis, seed) for draw, axis in zip((unroll_variance, history_variance, crossover), axes)), [])
+    for axis in axes:
+        axis.legend()
+    return figure, rows
+
+
+# ---------------------------------------------------------------- what they cost, and which to use
+
+def cost(seed, pairs=2):
+    """Seconds and memory of backprop through K steps of the default optimizer, and how often the forward unroll goes into it."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+    learned, rows = model.hierarchical(), []
+    key = jax.random.key(seed)
+    theta, keys = learned.init(key), jax.random.split(key, pairs)
+    for length in (25, 50, 100, 200, 400):
+        problem = meta_train.inner_problem(tasks.mlp(), learned, "valid", length, adjoint=1.0)
+        estimator = estimators.truncated_backprop(problem, num_pairs=pairs, truncation=length, horizon=length, cap=meta_train.CAP)
+        forward = estimators.over_devices(functools.partial(episode_loss, problem, length), pairs)
+        row = {"K": length}
+        particles = estimator.init(theta, key)
+        for name, f, arguments in (("forward", forward, (theta, keys)), ("backprop", estimator.estimate, (theta, particles, key))):
+            program = jax.jit(f).lower(*arguments).compile()
+            row[name + "_seconds"] = np.median([seconds(program, *arguments) for _ in range(6)][1:])
+            row[name + "_megabytes"] = program.memory_analysis().temp_size_in_bytes / 1e6
+        rows.append(row | {"ratio": row["backprop_seconds"] / row["forward_seconds"]})
+    column = lambda name: [row[name] for row in rows]
+    for axis in axes:
+        axis.set_xscale("log", base=2)
+    axes[0].plot(column("K"), column("ratio"), "o-")
+    axes[0].set(xlabel="unrolled steps K", ylabel="backprop / forward, seconds", ylim=(0, None))
+    for name in ("forward", "backprop"):
+        axes[1].plot(column("K"), column(name + "_megabytes"), "o-", label=name)
+    axes[1].set(xlabel="unrolled steps K", ylabel="megabytes of scratch memory", ylim=(0, None))
+    axes[1].legend()
+    return figure, rows
+
+
+def seconds(program, *arguments):
+    start = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    return time.perf_counter() - start
+
+
+RACE = {"truncated_backprop": dict(truncation=100, num_pairs=2), "es": dict(truncation=20, num_pairs=8),
+        "merged": dict(truncation=100, num_pairs=2), "pes": dict(truncation=20, num_pairs=8),
+        "combined": dict(truncation=50, num_pairs=2)}
+
+
+def race(seed, limit=5.0, points=4, horizon=100):
+    """The outer loss of P1's optimizer on unseen draws of meta-training tasks against seconds, for all five estimators."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    learned, rows = model.per_parameter_mlp(), []
+    problem = meta_train.inner_problem(tasks.mlp(), learned, "valid", horizon, adjoint=1.0)
+    keys = jax.random.split(jax.random.key(seed + 1000), 32)
+    losses = estimators.over_devices(functools.partial(episode_loss, problem, horizon), len(keys))
+    test = jax.jit(lambda theta: jnp.mean(losses(theta, keys)))
+    for name, color in COLORS.items():
+        estimator = make(name, problem, 0.01, horizon=horizon, cap=meta_train.CAP, **RACE[name])
+        adam = model.adam(3e-3)
+        curves = []
+        for run in range(3):
+            key = jax.random.key(seed + run)
+            theta = learned.init(key)
+            particles, state = estimator.init(theta, key), adam.init(theta)
+            if not run:
+                step = outer_step(estimator, adam).lower(theta, state, particles, key).compile()
+            curve, spent, i = [float(test(theta))], 0.0, 0
+            for point in range(points):
+                while spent < limit * (point + 1) / points:
+                    before, i = time.time(), i + 1
+                    theta, state, particles = jax.block_until_ready(step(theta, state, particles, jax.random.fold_in(key, i)))
+                    spent += time.time() - before
+                curve.append(float(test(theta)))
+            curves.append(curve)
+            rows += [{"estimator": name, "seed": seed + run, "seconds": limit * p / points, "outer_steps": i, "loss": x}
+                     for p, x in enumerate(curve)]
+        times = np.linspace(0, limit, points + 1)
+        axis.plot(times, np.median(curves, 0), color=color, label=name)
+        axis.fill_between(times, np.min(curves, 0), np.max(curves, 0), color=color, alpha=0.2)
+    axis.set(xlabel="seconds of meta-training", ylabel="outer loss", title="median and range of 3 seeds")
+    axis.legend()
+    return figure, rows
+
+
+def outer_step(estimator, optimizer):
+    """One jitted step of the outer loop: (theta, optimizer state, particles, key) -> the first three."""
+    @jax.jit
+    def step(theta, state, particles, key):
+        gradient, particles, _ = estimator.estimate(theta, particles, key)
+        updates, state = optimizer.update(gradient, state)
+        return jax.tree.map(jnp.add, theta, updates), state, particles
+    return step
+
+
+EXPERIMENTS = {"landscape": landscape, "truncation-bias": truncation_bias, "variance": variance,
+               "cost": cost, "race": race}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
+    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--out", default="figures", help="folder for the picture and the table")
+    options = parser.parse_args()
+    path = os.path.join(options.out, options.name)
+    start = time.time()
+    try:
+        os.makedirs(options.out, exist_ok=True)
+        figure, rows = EXPERIMENTS[options.name](options.seed)
+        figure.savefig(path + ".png", dpi=90)
+        with open(path + ".csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        parser.error(f"{error}")
+    print(f"{time.time() - start:.0f} s; {path}.png and {path}.csv")
+
+
+if __name__ == "__main__":
+    evaluate.configure_jax()
+    main()
