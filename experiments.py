@@ -283,16 +283,13 @@ def cost(seed, pairs=2):
         problem = meta_train.inner_problem(tasks.mlp(), learned, "valid", length, adjoint=1.0)
         estimator = estimators.truncated_backprop(problem, num_pairs=pairs, truncation=length, horizon=length, cap=meta_train.CAP)
         forward = estimators.over_devices(functools.partial(episode_loss, problem, length), pairs)
-        row = {"K": length}
-        particles = estimator.init(theta, key)
-        for name, f, arguments in (("forward", forward, (theta, keys)), ("backprop", estimator.estimate, (theta, particles, key))):
-            program = jax.jit(f).lower(*arguments).compile()
-            row[name + "_seconds"] = np.median([seconds(program, *arguments) for _ in range(6)][1:])
-            row[name + "_megabytes"] = program.memory_analysis().temp_size_in_bytes / 1e6
-        rows.append(row | {"ratio": row["backprop_seconds"] / row["forward_seconds"]})
+        arguments = (theta, keys), (theta, estimator.init(theta, key), key)
+        programs = [jax.jit(f).lower(*xs).compile() for f, xs in zip((forward, estimator.estimate), arguments)]
+        times = np.array([[seconds(f, *xs) for f, xs in zip(programs, arguments)] for _ in range(12)][1:])  # in turn
+        memory = [f.memory_analysis().temp_size_in_bytes / 1e6 for f in programs]
+        rows.append({"K": length, "forward_seconds": np.median(times[:, 0]), "backprop_seconds": np.median(times[:, 1]),
+                     "ratio": np.median(times[:, 1] / times[:, 0]), "forward_megabytes": memory[0], "backprop_megabytes": memory[1]})
     column = lambda name: [row[name] for row in rows]
-    for axis in axes:
-        axis.set_xscale("log", base=2)
     axes[0].plot(column("K"), column("ratio"), "o-")
     axes[0].set(xlabel="unrolled steps K", ylabel="backprop / forward, seconds", ylim=(0, None))
     for name in ("forward", "backprop"):
