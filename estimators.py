@@ -225,7 +225,7 @@ def mean(gradients, variances):
 
 
 def over_pairs(pair, problem, num_pairs, truncation, horizon, persistent=False, merge=mean):
-    """The Estimator that runs `pair` on N particles at once and merges what they find to one gradient."""
+    """The Estimator that runs `pair` on N particles and merges what they find to one gradient."""
     if horizon % truncation:
         raise ValueError(f"the horizon ({horizon}) must be a multiple of the truncation ({truncation})")
 

@@ -102,7 +102,7 @@ def landscape(seed):
 
 # ---------------------------------------------------------------- where truncation leads
 
-def noisy_quadratic(horizon):
+def noisy_quadratic():
     """Adam on 20 dimensions of curvature 0.01 to 1 under gradient noise; theta is the logarithm of its learning rate."""
     curvature = jnp.logspace(-2, 0, 20)
 
@@ -134,7 +134,7 @@ def influence_balancing():
 def truncation_bias(seed, horizon=200, episodes=100):
     """Learning Adam's log learning rate from unrolls of K of the T steps (P1 figure 3), and influence balancing (P3)."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
-    problem, rows = noisy_quadratic(horizon), []
+    problem, rows = noisy_quadratic(), []
     grid = np.linspace(-6, 0, 121)
     keys = jax.random.split(jax.random.key(seed), 64)
     loss = lambda x: jnp.mean(jax.vmap(lambda key: episode_loss(problem, horizon, {"log_lr": x}, key))(keys))
@@ -274,7 +274,7 @@ def variance(seed):
 # ---------------------------------------------------------------- what they cost, and which to use
 
 def cost(seed, pairs=2):
-    """Seconds and memory of backprop through K steps of the default optimizer, and how often the forward unroll goes into it."""
+    """Seconds and memory of backprop through K steps of the default optimizer, beside those of the unroll alone."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
     learned, rows = model.hierarchical(), []
     key = jax.random.key(seed)
@@ -328,16 +328,17 @@ def race(seed, limit=5.0, points=4, horizon=100):
             particles, state = estimator.init(theta, key), adam.init(theta)
             if not run:
                 step = outer_step(estimator, adam).lower(theta, state, particles, key).compile()
-            curve, spent, i = [float(test(theta))], 0.0, 0
+            curve, done, spent, i = [float(test(theta))], [0], 0.0, 0
             for point in range(points):
                 while spent < limit * (point + 1) / points:
                     before, i = time.time(), i + 1
                     theta, state, particles = jax.block_until_ready(step(theta, state, particles, jax.random.fold_in(key, i)))
                     spent += time.time() - before
                 curve.append(float(test(theta)))
+                done.append(i)
             curves.append(curve)
             rows += [{"estimator": name, "seed": seed + run, "seconds": limit * p / points, "outer_steps": i, "loss": x}
-                     for p, x in enumerate(curve)]
+                     for p, (i, x) in enumerate(zip(done, curve))]
         times = np.linspace(0, limit, points + 1)
         axis.plot(times, np.median(curves, 0), color=color, label=name)
         axis.fill_between(times, np.min(curves, 0), np.max(curves, 0), color=color, alpha=0.2)

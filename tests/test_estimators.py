@@ -6,6 +6,7 @@ import pytest
 
 import estimators
 from estimators import InnerProblem
+from experiments import influence_balancing
 
 # A linear state with a quadratic loss: s <- A s + B theta, loss |s|^2 / 2 + c.s. With noise on theta the smoothed
 # meta-gradient equals the plain one (the loss is quadratic in theta), so one closed form serves every estimator.
@@ -131,18 +132,6 @@ def test_without_truncation_all_agree():
     exact = estimators.truncated_backprop(quadratic(), **whole)
     gradient, _, _ = exact.estimate(THETA, exact.init(THETA, jax.random.key(0)), jax.random.key(1))
     np.testing.assert_allclose(flat(gradient), truth(), rtol=1e-5)
-
-
-def influence_balancing():
-    """P3's example: the drive reaches the loss with the wrong sign first, and with the right one, stronger, later."""
-    a = 0.5 * (jnp.eye(23) + jnp.eye(23, k=1))
-    drive = jnp.where(jnp.arange(23) < 10, 1.0, -1.0)
-
-    def step(theta, state, key):
-        state = a @ state + theta["x"] * drive
-        return state, 0.5 * (state[0] - 1) ** 2
-
-    return InnerProblem(lambda theta, key: jnp.ones(23), step)
 
 
 @pytest.mark.parametrize("make, noise, right", [
