@@ -17,8 +17,8 @@ eps ~ N(0, sigma^2), and xi the sum of the trajectory's earlier perturbations. T
 biased when K < T. Both signs of a pair share everything random: task, initialisation, batches. P1: Metz et al. 2019,
 section 3. P3: Vicol et al. 2021, arXiv 2112.13835.
 
-Starts are staggered, so that the pairs together cover all parts of an episode; until its first reset a trajectory only
-pretends to be where its counter says. A trajectory resets at the start of a truncation, inside the differentiated and
+Starts are staggered, so that the pairs together cover all parts of an episode: a trajectory's first episode is cut short,
+as if it began where its counter says. A trajectory resets at the start of a truncation, inside the differentiated and
 perturbed unroll, with that particle's own theta, so that learned initial states receive their gradient.
 """
 import functools
@@ -42,8 +42,8 @@ class Estimator(NamedTuple):
 class Particle(NamedTuple):
     """One antithetic pair of trajectories."""
     state: Any    # of the inner problem at the end of the last truncation; [2, ...], one for each sign, in pes and combined
-    xi: Any       # sum of the perturbations since the reset, shaped like theta (pes, combined), or () (the others)
-    t: jax.Array  # steps since the reset; once it is T, the next truncation begins with a reset
+    xi: Any       # [P], sum of the perturbations since the reset (pes, combined), or () (the others)
+    t: jax.Array  # steps since the reset; from T on, the next truncation begins with a reset and T is taken off
 
 
 class Variances(NamedTuple):
@@ -66,24 +66,21 @@ def truncated_backprop(problem, *, num_pairs, truncation, horizon, sigma=0.0, ca
     loss (P1's reparameterisation gradient), the mean of both signs, at twice the cost. Each particle's gradient is
     scaled down to a norm of at most `clip`; a non-finite one is replaced by zero and counted.
     """
-    unroll = make_unroll(problem, truncation, horizon, cap)
-    signs = (1, -1) if sigma else (0,)
-
-    def smoothed(theta, eps, particle, key):
-        at = lambda sign: jax.tree.map(lambda x, e: x + sign * e, theta, eps)
-        shared = lambda: jax.random.clone(key)  # both signs meet the same task, batches and reset
-        losses, rest = zip(*(unroll(at(sign), particle.state, particle.t, shared()) for sign in signs))
-        return sum(losses) / len(losses), rest[0]
-
-    def pair(theta, particle, key):
+    def pair(unroll, theta, particle, key):
         eps_key, key = jax.random.split(key)
-        eps = perturbation(eps_key, theta, sigma)
-        (loss, (state, capped)), gradient = jax.value_and_grad(smoothed, has_aux=True)(theta, eps, particle, key)
+
+        def smoothed(theta):
+            shared = lambda: jax.random.clone(key)  # both signs meet the same task, batches and reset
+            thetas = at_signs(theta, sigma * jax.random.normal(eps_key, theta.shape)) if sigma else [theta]
+            losses, rest = zip(*(unroll(theta, particle.state, particle.t, shared()) for theta in thetas))
+            return sum(losses) / len(losses), rest[0]
+
+        (loss, (state, capped)), gradient = jax.value_and_grad(smoothed, has_aux=True)(theta)
         gradient, dropped = clip_norm(gradient, clip)
         particle = Particle(state, (), advance(particle.t, truncation, horizon))
         return gradient, particle, {"loss": loss, "capped": capped, "dropped": dropped}
 
-    return over_pairs(pair, problem, num_pairs, truncation, horizon)
+    return over_pairs(pair, problem, num_pairs, truncation, horizon, cap)
 
 
 def es(problem, *, num_pairs, truncation, horizon, sigma, cap=10.0):
@@ -91,38 +88,32 @@ def es(problem, *, num_pairs, truncation, horizon, sigma, cap=10.0):
 
     Both signs start from the same state, and the positive one carries on, as in P1's released code.
     """
-    unroll = make_unroll(problem, truncation, horizon, cap)
-
-    def pair(theta, particle, key):
+    def pair(unroll, theta, particle, key):
         eps_key, key = jax.random.split(key)
-        eps = perturbation(eps_key, theta, sigma)
+        eps = sigma * jax.random.normal(eps_key, theta.shape)
         loss, (states, capped) = jax.vmap(unroll, (0, None, None, None))(
-            at_signs(theta, eps, jnp.float32([1, -1])), particle.state, particle.t, key)
+            at_signs(theta, eps), particle.state, particle.t, key)
         slope = (loss[0] - loss[1]) / (2 * sigma ** 2)
-        gradient = jax.tree.map(lambda e: slope * e, eps)
         particle = Particle(first(states), (), advance(particle.t, truncation, horizon))
-        return gradient, particle, {"loss": loss, "capped": capped, "dropped": jnp.int32(0)}
+        return slope * eps, particle, {"loss": loss, "capped": capped, "dropped": jnp.int32(0)}
 
-    return over_pairs(pair, problem, num_pairs, truncation, horizon)
+    return over_pairs(pair, problem, num_pairs, truncation, horizon, cap)
 
 
 def pes(problem, *, num_pairs, truncation, horizon, sigma, cap=10.0):
     """Persistent evolution strategies (P3): each sign lives its own trajectory under fresh noise in every truncation,
     and a loss is credited to all the noise its trajectory has met, the current included."""
-    unroll = make_unroll(problem, truncation, horizon, cap)
-
-    def pair(theta, particle, key):
+    def pair(unroll, theta, particle, key):
         eps_key, key = jax.random.split(key)
-        eps = perturbation(eps_key, theta, sigma)
+        eps = sigma * jax.random.normal(eps_key, theta.shape)
         loss, (states, capped) = jax.vmap(unroll, (0, 0, None, None))(
-            at_signs(theta, eps, jnp.float32([1, -1])), particle.state, particle.t, key)
-        xi = jax.tree.map(lambda x, e: jnp.where(particle.t >= horizon, 0, x) + e, particle.xi, eps)
+            at_signs(theta, eps), particle.state, particle.t, key)
+        xi = jnp.where(particle.t >= horizon, 0, particle.xi) + eps
         slope = (loss[0] - loss[1]) / (2 * sigma ** 2)
-        gradient = jax.tree.map(lambda x: slope * x, xi)
         particle = Particle(states, xi, advance(particle.t, truncation, horizon))
-        return gradient, particle, {"loss": loss, "capped": capped, "dropped": jnp.int32(0)}
+        return slope * xi, particle, {"loss": loss, "capped": capped, "dropped": jnp.int32(0)}
 
-    return over_pairs(pair, problem, num_pairs, truncation, horizon, persistent=True)
+    return over_pairs(pair, problem, num_pairs, truncation, horizon, cap, persistent=True)
 
 
 def combined(problem, *, num_pairs, truncation, horizon, sigma, cap=10.0, clip=jnp.inf, history=True, running=True):
@@ -139,23 +130,21 @@ def combined(problem, *, num_pairs, truncation, horizon, sigma, cap=10.0, clip=j
     """
     if num_pairs < 2:
         raise ValueError(f"inverse-variance weights need at least 2 pairs, not {num_pairs}")
-    unroll = make_unroll(problem, truncation, horizon, cap)
 
-    def pair(theta, particle, key):
+    def pair(unroll, theta, particle, key):
         eps_key, key = jax.random.split(key)
-        eps = perturbation(eps_key, theta, sigma)
+        eps = sigma * jax.random.normal(eps_key, theta.shape)
 
         def mean_loss(thetas):
             losses, rest = jax.vmap(unroll, (0, 0, None, None))(thetas, particle.state, particle.t, key)
             return jnp.mean(losses), (losses, rest)
 
-        gradients, (loss, (states, capped)) = jax.grad(mean_loss, has_aux=True)(at_signs(theta, eps, jnp.float32([1, -1])))
-        rp, dropped = clip_norm(jax.tree.map(lambda g: jnp.sum(g, 0), gradients), clip)
-        xi = jax.tree.map(lambda x: jnp.where(particle.t >= horizon, 0, x), particle.xi)
-        carried = (states, jax.tree.map(jnp.add, xi, eps)) if history else (both(first(states)), xi)
+        gradients, (loss, (states, capped)) = jax.grad(mean_loss, has_aux=True)(at_signs(theta, eps))
+        rp, dropped = clip_norm(jnp.sum(gradients, 0), clip)
+        xi = jnp.where(particle.t >= horizon, 0, particle.xi)
+        carried = (states, xi + eps) if history else (both(first(states)), xi)
         particle = Particle(*carried, advance(particle.t, truncation, horizon))
         slope = (loss[0] - loss[1]) / (2 * sigma ** 2)
-        rp, eps, xi = (ravel_pytree(x)[0] for x in (rp, eps, xi))
         return (rp, eps, xi, slope), particle, {"loss": loss, "capped": capped, "dropped": dropped}
 
     def merge(terms, variances):
@@ -174,7 +163,7 @@ def combined(problem, *, num_pairs, truncation, horizon, sigma, cap=10.0, clip=j
         metrics = {"weight": jnp.mean(w)} | {f"variance_{name}": x for name, x in spread.items()}
         return w * jnp.mean(rp, 0) + (1 - w) * jnp.mean(es, 0) + jnp.mean(past, 0), variances, metrics
 
-    return over_pairs(pair, problem, num_pairs, truncation, horizon, persistent=True, merge=merge)
+    return over_pairs(pair, problem, num_pairs, truncation, horizon, cap, persistent=True, merge=merge)
 
 
 merged = functools.partial(combined, history=False, running=False)  # P1's estimator
@@ -205,7 +194,7 @@ def make_unroll(problem, truncation, horizon, cap):
     """
     def unroll(theta, state, t, key):
         reset_key, key = jax.random.split(key)
-        state = jax.tree.map(lambda new, old: jnp.where(t >= horizon, new, old), problem.reset(theta, reset_key), state)
+        state = jax.lax.cond(t >= horizon, lambda: problem.reset(theta, reset_key), lambda: state)
 
         def step(state, key):
             state, loss = problem.step(theta, state, key)
@@ -221,32 +210,37 @@ def make_unroll(problem, truncation, horizon, cap):
 
 def mean(gradients, variances):
     """The merge of all but `combined`: the mean over the pairs."""
-    return jnp.mean(jax.vmap(lambda g: ravel_pytree(g)[0])(gradients), 0), variances, {}
+    return jnp.mean(gradients, 0), variances, {}
 
 
-def over_pairs(pair, problem, num_pairs, truncation, horizon, persistent=False, merge=mean):
-    """The Estimator that runs `pair` on N particles and merges what they find to one gradient."""
+def over_pairs(pair, problem, num_pairs, truncation, horizon, cap, persistent=False, merge=mean):
+    """The Estimator that runs pair(unroll, theta, particle, key) on N particles and merges what they find to one gradient.
+
+    There and in `merge` theta is one vector, [P].
+    """
     if horizon % truncation:
         raise ValueError(f"the horizon ({horizon}) must be a multiple of the truncation ({truncation})")
+    unroll = make_unroll(problem, truncation, horizon, cap)
 
     def init(theta, key):
-        state = jax.vmap(problem.reset, (None, 0))(theta, jax.random.split(key, num_pairs))
-        phase = jnp.arange(num_pairs) * (horizon // truncation) // num_pairs
-        xi = ()
+        zeros, xi = jnp.zeros(ravel_pytree(theta)[0].shape), ()
+        state = jax.eval_shape(problem.reset, theta, key)  # the values don't matter: the first truncation begins with a reset
         if persistent:
-            state = jax.vmap(both)(state)
-            xi = jax.tree.map(lambda x: jnp.zeros((num_pairs, *x.shape)), theta)
-        zeros = jnp.zeros(ravel_pytree(theta)[0].shape)
+            state, xi = jax.eval_shape(both, state), zeros
+        state, xi = jax.tree.map(lambda x: jnp.zeros((num_pairs, *x.shape), x.dtype), (state, xi))
+        phase = jnp.arange(num_pairs) * (horizon // truncation) // num_pairs
         variances = () if merge is mean else Variances(zeros, zeros, jnp.int32(0))
-        return Particles(Particle(state, xi, horizon - phase * truncation), variances)
+        return Particles(Particle(state, xi, horizon + phase * truncation), variances)
 
     def estimate(theta, particles, key):
+        theta, unravel = ravel_pytree(theta)
         rows = particles.pairs, jax.random.split(key, num_pairs)
-        found, pairs, metrics = over_devices(lambda theta, row: pair(theta, *row), num_pairs)(theta, rows)
+        one = lambda theta, row: pair(lambda x, *rest: unroll(unravel(x), *rest), theta, *row)
+        found, pairs, metrics = over_devices(one, num_pairs)(theta, rows)
         gradient, variances, more = merge(found, particles.variances)
         metrics = {"loss": jnp.mean(metrics["loss"]), "capped": jnp.sum(metrics["capped"]),
                    "dropped": jnp.sum(metrics["dropped"])} | more
-        return ravel_pytree(theta)[1](gradient), Particles(pairs, variances), metrics
+        return unravel(gradient), Particles(pairs, variances), metrics
 
     return Estimator(init, estimate)
 
@@ -273,18 +267,11 @@ def over_devices(f, n):
 
 
 def advance(t, truncation, horizon):
-    return jnp.where(t >= horizon, 0, t) + truncation
+    return jnp.where(t >= horizon, t - horizon, t) + truncation
 
 
-def perturbation(key, theta, sigma):
-    """eps ~ N(0, sigma^2), shaped like theta; one draw for all of it."""
-    raveled, unravel = ravel_pytree(theta)
-    return unravel(sigma * jax.random.normal(key, raveled.shape) if sigma else jnp.zeros_like(raveled))
-
-
-def at_signs(theta, eps, signs):
-    """theta + sign * eps for every sign, stacked."""
-    return jax.tree.map(lambda x, e: jax.vmap(lambda s: x + s * e)(signs), theta, eps)
+def at_signs(theta, eps):
+    return jnp.stack([theta + eps, theta - eps])
 
 
 def first(states):
