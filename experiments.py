@@ -357,8 +357,45 @@ def outer_step(estimator, optimizer):
     return step
 
 
+# ---------------------------------------------------------------- why longer is not better
+
+def longer(seed, every=64, tasks_watched=64):
+    """Twenty minutes of the default meta-training, looked at each minute, on held-out tasks; and with an outer learning rate
+    that falls along the cosine only. No step size is fitted at the end. About an hour and a quarter."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", sharex=True)
+    family, horizon, rows = tasks.mlp("held_out"), meta_train.Settings.horizon, []
+    learned = model.LEARNED[meta_train.Settings.optimizer]()
+    keys = jax.random.split(jax.random.key(0), tasks_watched)
+    watch = lambda make, hyper: np.array(evaluate.learning_curves(family, make, hyper, keys, horizon)[..., 1])
+    adam = watch(model.adam, jnp.float32(evaluate.RATES))
+    for label, color, options, looks in (("as shipped", "C3", {}, 20), ("--fall 0", "C0", {"fall": 0.0}, 8)):
+        for run in range(3):
+            settings = meta_train.Settings(seed=seed + run, outer_steps=20 * every, **options)
+            key = jax.random.key(settings.seed)
+            state, outer_step = meta_train.compiled(*meta_train.make_outer(settings), key)
+            for look in range(1, looks + 1):
+                for _ in range(every):
+                    state, row = outer_step(state, key)
+                mine = watch(learned.optimizer, jax.tree.map(lambda x: x[None], state.theta))
+                wins = [float(np.mean(evaluate.best(mine, value) < evaluate.best(adam, value)))
+                        for value in (evaluate.mean_loss, evaluate.final_loss)]
+                rows.append({"rate": label, "seed": settings.seed, "outer_step": look * every, "smoothed": float(row["smoothed"]),
+                             "win_mean": wins[0], "win_final": wins[1]})
+                print(rows[-1], flush=True)
+            mine = [row for row in rows if (row["rate"], row["seed"]) == (label, settings.seed)]
+            for axis, name in zip(axes, ("win_mean", "win_final")):
+                x, y = (np.array([row[name] for row in mine]) for name in ("outer_step", name))
+                axis.plot(x, y, color=color, label=None if run else label)
+                error = np.sqrt(y * (1 - y) / tasks_watched)
+                axis.fill_between(x, y - error, y + error, color=color, alpha=0.1)
+    for axis, name in zip(axes, ("mean", "final")):
+        axis.set(xlabel="outer step", ylabel="share of held-out tasks", title=f"lower {name} test loss than tuned Adam")
+        axis.legend()
+    return figure, rows
+
+
 EXPERIMENTS = {"landscape": landscape, "truncation-bias": truncation_bias, "variance": variance,
-               "cost": cost, "race": race}
+               "cost": cost, "race": race, "longer": longer}
 
 
 def main():

@@ -47,6 +47,7 @@ class Settings:
     adjoint: float = flag(1.0, "largest norm of the signal that backprop sends from one inner step to the one before")
     clip: float = flag(0.3, "largest norm of one trajectory's pathwise gradient")
     learning_rate: float = flag(6e-3, "of the outer Adam at its start")
+    fall: float = flag(10.0, "how soon that rate falls: 1 / (1 + fall * share of the outer steps done), besides the cosine")
     fit: int = flag(128, "meta-training tasks that fit the step size at the end (0: leave it; anchored only)")
     compare: int = flag(64, "held-out tasks of the comparison at the end")
 
@@ -136,7 +137,7 @@ def make_outer(settings):
         loss = metrics["loss"]
         smoothed = jnp.where(run.step == 0, loss, 0.97 * run.smoothed + 0.03 * loss)
         row = metrics | {"step": run.step + 1, "smoothed": smoothed, "gradient": jnp.linalg.norm(gradient)}
-        rate = 1 / (1 + 10 * run.step / settings.outer_steps)  # most is learned early; what comes later needs averaging
+        rate = 1 / (1 + settings.fall * run.step / settings.outer_steps)  # most is learned early; what comes later needs averaging
         return Run(unravel(theta + rate * updates), opt_state, particles, run.step + 1, smoothed), row
 
     rows = estimators.sharding(settings.num_pairs)
@@ -351,8 +352,9 @@ def check(settings):
     for name in ("outer_steps", "minutes", "save_seconds", "horizon", "truncation", "num_pairs", "adjoint", "clip", "learning_rate"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}.")
-    if settings.fit < 0:
-        raise ValueError(f"--fit must not be negative, it is {settings.fit}.")
+    for name in ("fall", "fit"):
+        if not getattr(settings, name) >= 0:
+            raise ValueError(f"--{name} must not be negative, it is {getattr(settings, name)}.")
     if settings.compare < 4:
         raise ValueError(f"--compare must be at least 4, not {settings.compare}.")
     if settings.horizon % settings.truncation or settings.horizon % evaluate.EVERY:

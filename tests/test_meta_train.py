@@ -137,7 +137,7 @@ def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monk
                       ["--outer-steps", "many"], ["--outer-steps", 0], ["--minutes", -1], ["--minutes", "nan"],
                       ["--horizon", 30, "--truncation", 30], ["--horizon", 400, "--truncation", 300],
                       ["--estimator", "pes", "--sigma", 0], ["--sigma", -1], ["--num-pairs", 0], ["--estimator", "merged", "--num-pairs", 1],
-                      ["--clip", 0], ["--fit", -1], ["--compare", 3],
+                      ["--clip", 0], ["--fit", -1], ["--fall", "nan"], ["--compare", 3],
                       ["--out", whole[0]], ["--out", tmp_path / "file"], ["--out", tmp_path / "file" / "run"], ["--out", "/proc/run"],
                       ["--resume", tmp_path / "nowhere"], ["--resume", tmp_path / "empty"],
                       ["--resume", tmp_path / "damaged"], ["--resume", tmp_path / "foreign"],
