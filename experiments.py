@@ -375,7 +375,7 @@ def longer(seed, every=64, tasks_watched=64):
             state, outer_step = meta_train.compiled(*meta_train.make_outer(settings), key)
             for look in range(1, looks + 1):
                 for _ in range(every):
-                    state, row = outer_step(state, key)
+                    state, row = jax.block_until_ready(outer_step(state, key))  # two at once would wait for each other's sums
                 mine = watch(learned.optimizer, jax.tree.map(lambda x: x[None], state.theta))
                 wins = [float(np.mean(evaluate.best(mine, value) < evaluate.best(adam, value)))
                         for value in (evaluate.mean_loss, evaluate.final_loss)]
