@@ -135,11 +135,11 @@ def speedup(learned, adam):
     return float(np.exp(np.mean(np.log(rates))))
 
 
-def print_summary(result):
-    """The table of `summary`. Losses are divided by each task's loss before training."""
+def print_summary(name, result):
+    """The table of `summary` for a family of tasks. Losses are divided by each task's loss before training."""
     columns = [f"{split}_{label}_{s}" for split in ("train", "test") for label in ("mean_loss", "final_loss")
                for s in ("mean", "median")]
-    print(f"\n{result['tasks']} held-out tasks, {result['horizon']} steps; losses relative to the start; "
+    print(f"\n{name}: {result['tasks']} tasks, {result['horizon']} steps; losses relative to the start; "
           "baselines tuned per task and figure")
     print(f"{'':16}{'train: mean loss':>18}{'final loss':>18}{'test: mean loss':>18}{'final loss':>18}")
     print(f"{'':16}" + f"{'mean':>9}{'median':>9}" * 4)
@@ -195,18 +195,25 @@ def newest_run():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
     parser.add_argument("theta", nargs="?", help="meta-parameters written by meta_train.py (default: the newest run's)")
-    parser.add_argument("--tasks", type=int, default=128, help="held-out tasks to compare on")
+    parser.add_argument("--family", choices=tasks.FAMILIES, default="mlp", help="of the tasks (default: mlp)")
+    parser.add_argument("--data", metavar="FILE", help="compare on your own data instead: an .npz file with x_train, y_train, x_test, y_test")
+    parser.add_argument("--net", choices=("mlp", "conv"), default="mlp", help="what is trained on your data (default: mlp)")
+    parser.add_argument("--tasks", type=int, help="tasks to compare on (default: 128 held-out ones; 8 starts on your data)")
     parser.add_argument("--horizon", type=int, default=400, help=f"inner steps, a multiple of {EVERY}")
     parser.add_argument("--seed", type=int, default=0, help="of the tasks, initialisations and batches")
     parser.add_argument("--json", metavar="FILE", help="also write the table here")
-    parser.add_argument("--picture", metavar="FILE", help="where to draw (default: comparison.png beside theta)")
+    parser.add_argument("--picture", metavar="FILE", help="where to draw (default: comparison-<family or data>.png beside theta)")
     options = parser.parse_args()
+    if options.tasks is None:
+        options.tasks = 8 if options.data else 128
     if options.tasks < 4 or options.horizon < EVERY or options.horizon % EVERY:
         parser.error(f"--tasks must be at least 4, and --horizon a positive multiple of {EVERY}.")
     try:
         path = options.theta or newest_run()
         learned, theta = model.load(path)
-        target = options.picture or os.path.join(os.path.dirname(path), "comparison.png")
+        family = (tasks.dataset(model.read_npz(options.data), options.net) if options.data
+                  else tasks.FAMILIES[options.family]("held_out"))
+        target = options.picture or os.path.join(os.path.dirname(path), f"comparison-{family.name}.png")
         for file in (target, options.json):
             if file and not os.path.isdir(os.path.dirname(file) or "."):
                 raise ValueError(f"There is no folder to write {file} to.")
@@ -214,9 +221,9 @@ def main():
         parser.error(str(error))
     print(f"{path}: {model.about(path)}")
     start = time.time()
-    curves = compare(tasks.mlp("held_out"), learned, theta, options.tasks, options.horizon, options.seed)
+    curves = compare(family, learned, theta, options.tasks, options.horizon, options.seed)
     result = summary(curves)
-    print_summary(result)
+    print_summary(family.name, result)
     try:
         picture(target, curves)
         if options.json:

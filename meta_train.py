@@ -7,6 +7,7 @@ import argparse
 import concurrent.futures
 import csv
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ def flag(default, why):
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Every field is a flag. The defaults are those of the README's figures; RECIPES holds what the others need."""
+    tasks: str = flag("mlp", "what it learns from: families of tasks, joined by commas, or all")
     optimizer: str = flag("hierarchical", "what to meta-train: hierarchical (P2) or per_parameter_mlp (P1)")
     output: str = flag("anchored", "form of the optimizer's step: anchored (on Adam's) or papers")
     estimator: str = flag("truncated_backprop", "of the meta-gradient: truncated_backprop, es, merged, pes or combined")
@@ -47,16 +49,16 @@ class Settings:
     adjoint: float = flag(1.0, "largest norm of the signal that backprop sends from one inner step to the one before")
     clip: float = flag(0.3, "largest norm of one trajectory's pathwise gradient")
     learning_rate: float = flag(6e-3, "of the outer Adam at its start")
-    fall: float = flag(10.0, "how soon that rate falls: 1 / (1 + fall * share of the outer steps done), besides the cosine")
-    fit: int = flag(128, "meta-training tasks that fit the step size at the end (0: leave it; anchored only)")
-    compare: int = flag(64, "held-out tasks of the comparison at the end")
+    decay_steps: float = flag(32.0, "outer steps after which that rate has halved: besides the cosine it falls like 1 / step")
+    fit: int = flag(128, "meta-training tasks of each family that fit the step size at the end (0: leave it; anchored only)")
+    compare: int = flag(64, "held-out tasks of each family in the comparison at the end")
 
 
 RECIPES = {"truncated_backprop": {},
-           "es": dict(outer_steps=5000, truncation=20, num_pairs=16, sigma=0.01, learning_rate=1e-3),
+           "es": dict(outer_steps=5000, decay_steps=500.0, truncation=20, num_pairs=16, sigma=0.01, learning_rate=1e-3),
            "merged": dict(sigma=0.01),
-           "pes": dict(outer_steps=5000, truncation=20, num_pairs=16, sigma=0.01, learning_rate=1e-3),
-           "combined": dict(outer_steps=1000, truncation=100, num_pairs=4, sigma=0.01)}
+           "pes": dict(outer_steps=5000, decay_steps=500.0, truncation=20, num_pairs=16, sigma=0.01, learning_rate=1e-3),
+           "combined": dict(outer_steps=1000, decay_steps=100.0, truncation=100, num_pairs=4, sigma=0.01)}
 SPLITS = {"valid": "outer_valid", "train": "train"}  # where the batches of the outer loss come from
 MULTIPLES = 2.0 ** np.arange(-1.5, 0.6, 0.5)  # of the step size, tried by `fit_step_size`
 
@@ -65,7 +67,7 @@ class Run(NamedTuple):
     """All that an outer step reads and writes; what a checkpoint holds."""
     theta: dict
     opt_state: Any
-    particles: Any
+    particles: dict      # of each family
     step: jax.Array
     smoothed: jax.Array  # running mean of the outer loss
 
@@ -107,6 +109,11 @@ def inner_problem(family, learned, target, horizon, adjoint=jnp.inf):
     return estimators.InnerProblem(reset, step)
 
 
+def families(settings):
+    """The names of the families that theta learns from."""
+    return list(tasks.FAMILIES) if settings.tasks == "all" else settings.tasks.split(",")
+
+
 def sizes(settings):
     """The arguments of the optimizer to be learned; saved with it."""
     return {"anchored": settings.output == "anchored"}
@@ -115,34 +122,41 @@ def sizes(settings):
 def make_outer(settings):
     """-> (start(seed) -> Run, outer_step(run, key) -> (run, row of numbers)), the latter jitted."""
     learned = model.LEARNED[settings.optimizer](**sizes(settings))
-    problem = inner_problem(tasks.mlp(), learned, settings.target, settings.horizon, settings.adjoint)
     clip = {} if settings.estimator in ("es", "pes") else {"clip": settings.clip}
-    estimator = getattr(estimators, settings.estimator)(
-        problem, num_pairs=settings.num_pairs, truncation=settings.truncation, horizon=settings.horizon,
-        sigma=settings.sigma, cap=CAP, **clip)
+    make = functools.partial(
+        getattr(estimators, settings.estimator), num_pairs=settings.num_pairs, truncation=settings.truncation,
+        horizon=settings.horizon, sigma=settings.sigma, cap=CAP, **clip)
+    each = {name: make(inner_problem(tasks.FAMILIES[name](), learned, settings.target, settings.horizon, settings.adjoint))
+            for name in families(settings)}
     adam = model.nadamw(settings.learning_rate, nesterov=False, warmup=10, horizon=settings.outer_steps)
 
     def start(key):
         theta_key, particle_key = jax.random.split(key)
         theta = learned.init(theta_key)
-        particles = estimator.init(theta, particle_key)
+        particles = {name: estimator.init(theta, particle_key) for name, estimator in each.items()}
         return Run(theta, adam.init(ravel_pytree(theta)[0]), particles, jnp.int32(0), jnp.float32(jnp.nan))
 
     def outer_step(run, key):
-        gradient, particles, metrics = estimator.estimate(run.theta, run.particles, jax.random.fold_in(key, run.step))
-        gradient, _ = ravel_pytree(gradient)  # one long vector is faster to compile than a dict of small arrays
+        keys = {name: jax.random.fold_in(key, len(each) * run.step + i) for i, name in enumerate(each)}
+        found = {name: estimator.estimate(run.theta, run.particles[name], keys[name]) for name, estimator in each.items()}
+        gradients, particles, metrics = ({name: part[i] for name, part in found.items()} for i in range(3))
+        # one long vector is faster to compile than a dict of small arrays; each family counts the same
+        gradient = sum(ravel_pytree(g)[0] for g in gradients.values()) / len(each)
         theta, unravel = ravel_pytree(run.theta)
         clipped = jnp.clip(gradient, -0.1, 0.1)  # P2: without this no training occurs
         updates, opt_state = adam.update(clipped, run.opt_state)
+        losses = {f"loss_{name}": m["loss"] for name, m in metrics.items()}
+        average = lambda *x: sum(x) / len(x) if jnp.issubdtype(x[0].dtype, jnp.floating) else sum(x)  # counts are added up
+        metrics = jax.tree.map(average, *metrics.values())
         loss = metrics["loss"]
         smoothed = jnp.where(run.step == 0, loss, 0.97 * run.smoothed + 0.03 * loss)
-        row = metrics | {"step": run.step + 1, "smoothed": smoothed, "gradient": jnp.linalg.norm(gradient)}
-        rate = 1 / (1 + settings.fall * run.step / settings.outer_steps)  # most is learned early; what comes later needs averaging
+        row = metrics | (losses if len(each) > 1 else {}) | {"step": run.step + 1, "smoothed": smoothed, "gradient": jnp.linalg.norm(gradient)}
+        rate = 1 / (1 + run.step / settings.decay_steps)  # most is learned early; what comes later needs averaging
         return Run(unravel(theta + rate * updates), opt_state, particles, run.step + 1, smoothed), row
 
     rows = estimators.sharding(settings.num_pairs)
     everywhere = jax.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())
-    particles = estimators.Particles(rows, everywhere)  # the pairs are shared out, the rest is copied
+    particles = dict.fromkeys(each, estimators.Particles(rows, everywhere))  # the pairs are shared out, the rest is copied
     layout = Run(everywhere, everywhere, particles, everywhere, everywhere)
     return (jax.jit(start, out_shardings=layout),
             jax.jit(outer_step, in_shardings=(layout, everywhere), out_shardings=(layout, everywhere)))
@@ -201,16 +215,20 @@ def fit_step_size(settings, theta):
     Along the step size, backprop's slope was seen to disagree with finite differences. One number needs no gradient: five
     multiples are tried, and the parabolas through their outer losses tell the rest. A theta without log_lr can't be fitted.
     """
-    family, split = tasks.mlp(), SPLITS[settings.target]
-    watched = family._replace(batch=lambda task, key, s: family.batch(task, key, split if s == "test" else s))
+    split = SPLITS[settings.target]
     learned = model.LEARNED[settings.optimizer](**sizes(settings))
     variants = jax.tree.map(lambda x: jnp.stack([x] * len(MULTIPLES)), theta)
     variants["log_lr"] += jnp.log(jnp.float32(MULTIPLES))
     keys = jax.random.split(jax.random.key(settings.seed), settings.fit)
-    losses = evaluate.learning_curves(watched, learned.optimizer, variants, keys, settings.horizon)[..., 1]
-    progress = np.linspace(0, 1, losses.shape[-1])[None, None, 1:]
-    values = np.array(outer_loss(losses[..., 1:], losses[..., :1], progress))  # [tasks, multiples, points]
-    values = np.where(np.isfinite(values), np.minimum(values, CAP), CAP).mean(2)
+
+    def outer_losses(family):
+        watched = family._replace(batch=lambda task, key, s: family.batch(task, key, split if s == "test" else s))
+        losses = evaluate.learning_curves(watched, learned.optimizer, variants, keys, settings.horizon)[..., 1]
+        progress = np.linspace(0, 1, losses.shape[-1])[None, None, 1:]
+        values = np.array(outer_loss(losses[..., 1:], losses[..., :1], progress))  # [tasks, multiples, points]
+        return np.where(np.isfinite(values), np.minimum(values, CAP), CAP).mean(2)
+
+    values = np.concatenate([outer_losses(tasks.FAMILIES[name]()) for name in families(settings)])
     multiple = cautious_minimum(MULTIPLES, values)
     print("outer loss at " + ", ".join(f"{m:.2f} x: {v:.4f}" for m, v in zip(MULTIPLES, values.mean(0)))
           + f"; step size multiplied by {multiple:.2f}")
@@ -247,7 +265,7 @@ def save(settings, folder, run):
 
 def save_theta(settings, folder, run):
     model.save(os.path.join(folder, "theta.npz"), settings.optimizer, run.theta, sizes=sizes(settings),
-               trained_on="mlp", outer_steps_done=int(run.step), **dataclasses.asdict(settings))
+               outer_steps_done=int(run.step), **dataclasses.asdict(settings))
 
 
 def restore(path, arrays, fresh):
@@ -277,8 +295,9 @@ def draw_curves(folder):
 
 def print_progress(row, settings, pace, launch):
     left = min((settings.outer_steps - row["step"]) * pace, launch + 60 * settings.minutes - time.time())
+    each = "".join(f"  {name.removeprefix('loss_')} {x:.3f}" for name, x in row.items() if name.startswith("loss_"))
     print(f"{row['step']:6} {row['loss']:7.3f} {row['smoothed']:8.4f} {row['gradient']:8.3f} {row['capped']:6} "
-          f"{row['dropped']:7} {row['seconds']:7.2f} {max(left, 0) / 60:5.1f}m", flush=True)
+          f"{row['dropped']:7} {row['seconds']:7.2f} {max(left, 0) / 60:5.1f}m{each}", flush=True)
 
 
 def keep_rows(path, steps):
@@ -295,14 +314,15 @@ def keep_rows(path, steps):
 
 
 def print_comparison(settings, folder, run):
-    """Held-out tasks: the table on screen, table.json and comparison.png in the folder."""
-    learned = model.LEARNED[settings.optimizer](**sizes(settings))
-    curves = evaluate.compare(tasks.mlp("held_out"), learned, run.theta, settings.compare, settings.horizon)
-    result = evaluate.summary(curves)
-    evaluate.print_summary(result)
-    evaluate.picture(os.path.join(folder, "comparison.png"), curves)
+    """Held-out tasks: a table for each family on screen, all in table.json, and comparison-<family>.png in the folder."""
+    learned, results = model.LEARNED[settings.optimizer](**sizes(settings)), {}
+    for name in families(settings):
+        curves = evaluate.compare(tasks.FAMILIES[name]("held_out"), learned, run.theta, settings.compare, settings.horizon)
+        results[name] = evaluate.summary(curves)
+        evaluate.print_summary(name, results[name])
+        evaluate.picture(os.path.join(folder, f"comparison-{name}.png"), curves)
     with open(os.path.join(folder, "table.json"), "w") as file:
-        json.dump(result, file, indent=2)
+        json.dump(results, file, indent=2)
 
 
 # ---------------------------------------------------------------- the command line
@@ -349,12 +369,15 @@ def check(settings):
                           ("estimator", RECIPES), ("target", SPLITS)):
         if getattr(settings, name) not in allowed:
             raise ValueError(f"--{name} must be one of {', '.join(allowed)}, not {getattr(settings, name)}.")
-    for name in ("outer_steps", "minutes", "save_seconds", "horizon", "truncation", "num_pairs", "adjoint", "clip", "learning_rate"):
+    for name in families(settings):
+        if name not in tasks.FAMILIES or families(settings).count(name) > 1:
+            raise ValueError(f"--tasks must be all, or some of {', '.join(tasks.FAMILIES)} joined by commas, not {settings.tasks}.")
+    for name in ("outer_steps", "minutes", "save_seconds", "horizon", "truncation", "num_pairs", "adjoint", "clip", "learning_rate",
+                 "decay_steps"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}.")
-    for name in ("fall", "fit"):
-        if not getattr(settings, name) >= 0:
-            raise ValueError(f"--{name} must not be negative, it is {getattr(settings, name)}.")
+    if settings.fit < 0:
+        raise ValueError(f"--fit must not be negative, it is {settings.fit}.")
     if settings.compare < 4:
         raise ValueError(f"--compare must be at least 4, not {settings.compare}.")
     if settings.horizon % settings.truncation or settings.horizon % evaluate.EVERY:

@@ -98,12 +98,70 @@ def test_the_command_writes_table_and_picture(theta, tmp_path):
     assert "learned" in done.stdout and (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def my_data(shape=(28, 28), n=60, dtype=np.uint8, targets=np.int64):
+    """Images (or rows) whose brightness tells the class."""
+    rng = np.random.default_rng(0)
+    y = {"train": np.arange(n) % 3, "test": np.arange(20) % 3}
+    bright = {part: v.reshape(-1, *[1] * len(shape)) * np.ones(shape) for part, v in y.items()}
+    return ({f"x_{part}": (50 * b + rng.uniform(0, 20, b.shape)).astype(dtype) for part, b in bright.items()}
+            | {f"y_{part}": v.astype(targets) for part, v in y.items()})
+
+
+@pytest.mark.parametrize("shape, net, dtype, targets", [
+    ((64,), "mlp", np.float64, np.int64),          # scikit-learn's digits
+    ((28, 28), "mlp", np.uint8, np.uint8), ((28, 28), "conv", np.uint8, np.uint8),
+    ((32, 32, 3), "conv", np.uint8, np.int64), ((5,), "mlp", np.float32, np.float32)])
+def test_adam_learns_your_own_data(shape, net, dtype, targets):
+    arrays = my_data(shape, 60, dtype, targets)
+    if shape == (32, 32, 3):
+        arrays |= {name: y[:, None] for name, y in arrays.items() if name[0] == "y"}  # as Keras has cifar10
+    family, adam = tasks.dataset(arrays, net, max_batch=16), model.adam(0.003)
+    keys = jax.random.split(jax.random.key(0), 40)
+    inner = tasks.init_inner(family, adam, (), keys[0])
+    batch = family.batch((), keys[0], "test")
+    begin = family.loss((), inner.params, batch)
+    if targets == np.float32:
+        y = np.float64(arrays["y_train"])
+        assert abs(family.batch((), keys[0], "train")[1].mean()) < 1 and abs(batch[1].max() - (2 - y.mean()) / y.std()) < 0.1
+    step = jax.jit(lambda inner, key: tasks.inner_step(family, adam, (), inner, key))
+    for key in keys:
+        inner = step(inner, key)
+    assert family.loss((), inner.params, batch) < 0.3 * begin
+
+
+def test_the_splits_of_your_own_data_share_no_row():
+    arrays = my_data((2,), 60)
+    arrays["x_train"] = np.float32(np.arange(60)[:, None] * [1, 0])
+    family = tasks.dataset(arrays, max_batch=2000)
+    rows = {split: set(np.array(family.batch((), jax.random.key(0), split)[0][:, 0]).round(4).tolist()) for split in tasks.SPLITS[:3]}
+    assert [len(rows[split]) for split in tasks.SPLITS[:3]] == [48, 6, 6] and len(set.union(*rows.values())) == 60
+
+
+def test_the_command_takes_your_own_data(theta, tmp_path):
+    np.savez(tmp_path / "my.npz", **my_data((8, 8)))
+    done = command(theta, "--data", "my.npz", "--tasks", 4, "--horizon", 20, "--json", tmp_path / "table.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "table.json").read_text())["tasks"] == 4 and (theta.parent / "comparison-data.png").exists()
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"x_train": None}, "lack x_train"), ({"x_train": np.array(["a"] * 60)}, "finite numbers"),
+    ({"x_test": np.full((20, 28, 28), np.nan)}, "NaN"), ({"x_test": np.zeros((20, 27, 28))}, "shape"), ({"x_train": np.zeros(60)}, "shape"),
+    ({"y_train": np.zeros(59, int)}, "one target"), ({"x_train": np.zeros((5, 28, 28)), "y_train": np.arange(5)}, "at least 20"),
+    ({"y_train": 1 + np.arange(60) % 3}, "from 0"), ({"y_test": np.full(20, 3)}, "from 0"), ({"y_train": np.zeros(60, int)}, "from 0")])
+def test_unusable_data_end_in_one_sentence(change, words):
+    arrays = {name: a for name, a in (my_data() | change).items() if a is not None}
+    with pytest.raises(ValueError, match=words) as error:
+        tasks.dataset(arrays)
+    assert "\n" not in str(error.value)
+
+
 def test_user_errors_end_in_one_sentence(theta, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "foreign.npz").write_bytes(b"PK not really")
     np.savez(tmp_path / "other.npz", x=np.ones(2))
     for arguments in ([], ["missing.npz"], ["foreign.npz"], ["other.npz"], [theta, "--tasks", 0], [theta, "--horizon", 30],
-                      [theta, "--nonsense"], [theta, "--tasks", "many"],
+                      [theta, "--nonsense"], [theta, "--tasks", "many"], [theta, "--family", "chess"], [theta, "--data", "missing.npz"], [theta, "--data", "other.npz"],
                       [theta, "--picture", "no/such/folder/picture.png"], [theta, "--json", "no/such/folder/table.json"]):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:

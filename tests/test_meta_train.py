@@ -18,7 +18,7 @@ import model
 import tasks
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ["--optimizer", "per_parameter_mlp", "--horizon", 20, "--truncation", 20, "--num-pairs", 2, "--seed", 3, "--fit", 4,
+TINY = ["--tasks", "function", "--optimizer", "per_parameter_mlp", "--horizon", 20, "--truncation", 20, "--num-pairs", 2, "--seed", 3, "--fit", 4,
         "--compare", 4]
 STEPS = 80
 
@@ -57,12 +57,12 @@ def whole(tmp_path_factory):
 
 def test_a_run_ends_with_the_table_and_all_files(whole):
     folder, out = whole
-    assert {"theta.npz", "checkpoint.npz", "log.csv", "curves.png", "comparison.png", "table.json"} == set(os.listdir(folder))
-    assert all(words in out for words in ("first outer step", "step size multiplied by", "4 held-out tasks", "against tuned Adam"))
+    assert {"theta.npz", "checkpoint.npz", "log.csv", "curves.png", "comparison-function.png", "table.json"} == set(os.listdir(folder))
+    assert all(words in out for words in ("first outer step", "step size multiplied by", "4 tasks", "against tuned Adam"))
     assert steps_logged(folder) == list(range(1, STEPS + 1))
-    assert json.loads((folder / "table.json").read_text())["tasks"] == 4
+    assert json.loads((folder / "table.json").read_text())["function"]["tasks"] == 4
     facts = model.about(folder / "theta.npz")
-    assert facts["outer_steps_done"] == STEPS and facts["seed"] == 3 and facts["trained_on"] == "mlp"
+    assert facts["outer_steps_done"] == STEPS and facts["seed"] == 3 and facts["tasks"] == "function"
     assert all(np.isfinite(x).all() for x in theta_of(folder).values())
     programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(matplotlib.get_cachedir(), "learned_optimizer_programs")
     assert any("outer_step" in name for name in os.listdir(programs))
@@ -133,11 +133,11 @@ def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monk
     (tmp_path / "damaged" / "checkpoint.npz").write_bytes((whole[0] / "checkpoint.npz").read_bytes()[:5000])
     np.savez(tmp_path / "foreign" / "checkpoint.npz", x=np.ones(3))
     before = sorted(os.listdir(tmp_path))
-    for arguments in (["--nonsense"], ["--optimizer", "adam"], ["--output", "relu"], ["--estimator", "rtrl"], ["--target", "test"],
+    for arguments in (["--nonsense"], ["--tasks", "mlp,chess"], ["--tasks", "mlp,mlp"], ["--tasks", ""], ["--optimizer", "adam"], ["--output", "relu"], ["--estimator", "rtrl"], ["--target", "test"],
                       ["--outer-steps", "many"], ["--outer-steps", 0], ["--minutes", -1], ["--minutes", "nan"],
                       ["--horizon", 30, "--truncation", 30], ["--horizon", 400, "--truncation", 300],
                       ["--estimator", "pes", "--sigma", 0], ["--sigma", -1], ["--num-pairs", 0], ["--estimator", "merged", "--num-pairs", 1],
-                      ["--clip", 0], ["--fit", -1], ["--fall", "nan"], ["--compare", 3],
+                      ["--clip", 0], ["--fit", -1], ["--decay-steps", "nan"], ["--compare", 3],
                       ["--out", whole[0]], ["--out", tmp_path / "file"], ["--out", tmp_path / "file" / "run"], ["--out", "/proc/run"],
                       ["--resume", tmp_path / "nowhere"], ["--resume", tmp_path / "empty"],
                       ["--resume", tmp_path / "damaged"], ["--resume", tmp_path / "foreign"],
@@ -166,12 +166,33 @@ def test_the_outer_loss_is_the_root_of_the_relative_validation_loss_and_grows_wi
     np.testing.assert_allclose(loss, 10 * 0.75 ** 4 * np.sqrt(value / begin), rtol=1e-5)  # step 30 of 40
 
 
+def bowl(size):
+    """A family that compiles in no time."""
+    return tasks.TaskFamily("bowl", sample=lambda key: jax.random.uniform(key, (size,), minval=0.5),
+                            init=lambda task, key: {"x": jax.random.normal(key, (size,))}, batch=lambda task, key, split: (),
+                            loss=lambda task, params, batch: jnp.sum(task * params["x"] ** 2))
+
+
+def test_every_family_counts_the_same(monkeypatch):
+    def step(names):
+        begin, outer_step = meta_train.make_outer(meta_train.Settings(
+            tasks=names, optimizer="per_parameter_mlp", horizon=20, truncation=20, clip=0.01))
+        run, row = outer_step(begin(jax.random.key(0)), jax.random.key(1))
+        return np.array(run.opt_state[0]) / 0.1, row  # Adam's momentum after one step: the gradient
+
+    families = meta_train.tasks.FAMILIES
+    monkeypatch.setitem(families, "mlp", lambda: bowl(2))
+    alone, first = step("mlp")
+    monkeypatch.setitem(families, "function", lambda: bowl(2)._replace(loss=lambda task, params, batch: jnp.float32(2)))
+    both, row = step("mlp,function")  # the second family's loss never changes
+    np.testing.assert_allclose(row["loss"], (row["loss_mlp"] + row["loss_function"]) / 2, rtol=1e-6)
+    np.testing.assert_allclose(row["loss_mlp"], first["loss"], rtol=1e-6)
+    np.testing.assert_allclose(both, alone / 2, rtol=1e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize("estimator", meta_train.RECIPES)
 def test_an_outer_step_moves_theta_by_adam_on_the_clipped_gradient(estimator, monkeypatch):
-    bowl = tasks.TaskFamily("bowl", sample=lambda key: jax.random.uniform(key, (3,), minval=0.5),  # compiles in no time
-                            init=lambda task, key: {"x": jax.random.normal(key, (3,))}, batch=lambda task, key, split: (),
-                            loss=lambda task, params, batch: jnp.sum(task * params["x"] ** 2))
-    monkeypatch.setattr(meta_train.tasks, "mlp", lambda: bowl)
+    monkeypatch.setitem(meta_train.tasks.FAMILIES, "mlp", lambda: bowl(3))
     settings = meta_train.Settings(**meta_train.RECIPES[estimator] | dict(
         optimizer="per_parameter_mlp", estimator=estimator, horizon=20, truncation=10, num_pairs=2))
     begin, outer_step = meta_train.make_outer(settings)
@@ -184,8 +205,8 @@ def test_an_outer_step_moves_theta_by_adam_on_the_clipped_gradient(estimator, mo
         assert change.max() < 1.01 * rate
     most = lambda run: max(float(np.abs(run.theta[k] - first.theta[k]).max()) for k in first.theta)
     assert most(second) > 0.9 * rate
-    later, _ = outer_step(first._replace(step=jnp.int32(settings.outer_steps // 10)), jax.random.key(1))
-    np.testing.assert_allclose(most(later), rate / 2, rtol=0.1)  # a tenth of the way, it has halved
+    later, _ = outer_step(first._replace(step=jnp.int32(settings.decay_steps)), jax.random.key(1))
+    np.testing.assert_allclose(most(later), rate / 2, rtol=0.1)
 
 
 def test_the_fitted_step_size_is_the_lowest_point_of_a_parabola_less_two_standard_errors():
@@ -232,5 +253,5 @@ def test_the_fit_multiplies_the_step_size_and_nothing_else(whole):
     learned, theta = model.load(folder / "theta.npz")
     names = sorted(theta)  # a checkpoint's first leaves are theta's, in the order of jax.tree.leaves
     before = {name: stored[f"leaf{i:04}"] for i, name in enumerate(names)}
-    np.testing.assert_allclose(theta["log_lr"] - before["log_lr"], np.log(multiple), atol=0.01)
+    np.testing.assert_allclose(theta["log_lr"] - before["log_lr"], np.log(multiple), atol=0.02)  # of 0.35, two digits are printed
     assert all((theta[name] == before[name]).all() for name in names if name != "log_lr")

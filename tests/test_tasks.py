@@ -13,8 +13,8 @@ FAMILY = tasks.mlp()
 def small_task():
     """A task well below the family's maximum sizes, without noise."""
     task = FAMILY.sample(jax.random.key(5))
-    return task._replace(depth=jnp.int32(1), widths=jnp.int32([11, 9]), batch_size=jnp.int32(13), activation=jnp.int32(1),
-                         input_noise=jnp.float32(0), label_noise=jnp.float32(0))
+    letters = task.letters._replace(batch_size=jnp.int32(13), input_noise=jnp.float32(0), label_noise=jnp.float32(0))
+    return task._replace(letters=letters, depth=jnp.int32(1), widths=jnp.int32([11, 9]), activation=jnp.int32(1))
 
 
 def real(task, params):
@@ -25,7 +25,7 @@ def real(task, params):
 
 def plain_loss(task, params, batch):
     """An independent tanh net of depth 1 on the batch's real examples."""
-    x, y, _ = jax.tree.map(lambda a: a[:int(task.batch_size)], batch)
+    x, y, _ = jax.tree.map(lambda a: a[:int(task.letters.batch_size)], batch)
     logits = jnp.dot(jnp.tanh(jnp.dot(x, params["w0"]) + params["b0"][None]), params["w1"]) + params["b1"][None]
     logits = logits - logits.max(1, keepdims=True)
     return jnp.mean(jnp.log(jnp.exp(logits).sum(1)) - logits[jnp.arange(len(y)), y])
@@ -99,31 +99,15 @@ def test_what_dead_units_cost_a_learned_optimizer():
     assert 0 < shift < 0.3
 
 
-def test_a_vmapped_step_matches_a_loop_over_tasks():
-    adam = model.adam(0.01)
-    keys = jax.random.split(jax.random.key(0), 6)
-
-    def train(key):
-        task_key, init_key, step_key = jax.random.split(key, 3)
-        task = FAMILY.sample(task_key)
-        inner = tasks.init_inner(FAMILY, adam, task, init_key)
-        for k in jax.random.split(step_key, 3):
-            inner = tasks.inner_step(FAMILY, adam, task, inner, k)
-        return inner.params
-    together, alone = jax.jit(jax.vmap(train))(keys), jax.jit(train)
-    for i, key in enumerate(keys):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b, atol=1e-4), together, alone(key))
-
-
 def test_tasks_differ_are_deterministic_and_stay_in_range():
     many = jax.vmap(FAMILY.sample)(jax.random.split(jax.random.key(0), 500))
     again = jax.vmap(FAMILY.sample)(jax.random.split(jax.random.key(0), 500))
     assert jax.tree.all(jax.tree.map(jnp.array_equal, many, again))
     assert len(np.unique(np.asarray(many.init_scale))) > 490
     assert set(np.unique(many.depth)) == {1, 2} and set(np.unique(many.activation)) == {0, 1, 2, 3}
-    for x, low, high in ((many.widths, 8, 32), (many.batch_size, 8, 64), (many.init_scale, 0.5, 2), (many.input_noise, 0, 0.3)):
+    for x, low, high in ((many.widths, 8, 32), (many.letters.batch_size, 8, 64), (many.init_scale, 0.5, 2), (many.letters.input_noise, 0, 0.3)):
         assert x.min() >= low and x.max() <= high and x.max() - x.min() > 0.8 * (high - low)
-    assert all(len(set(row)) == 10 for row in np.asarray(many.classes))
+    assert all(len(set(row)) == 10 for row in np.asarray(many.letters.classes))
 
 
 def test_splits_share_no_font_and_alphabets_no_letter():
@@ -149,15 +133,15 @@ def test_batches_come_from_their_split_with_the_tasks_noise():
 
     mean = pixels("train").mean((0, 1))
     for split, (x, y, weight) in clean.items():
-        images = (pixels(split) - mean)[task.classes]
+        images = (pixels(split) - mean)[task.letters.classes]
         for i in range(5):
-            match = np.abs(images[y[i]].reshape(-1, 64) * task.input_scale - x[i][None]).max(1).min()
+            match = np.abs(images[y[i]].reshape(-1, 64) * task.letters.input_scale - x[i][None]).max(1).min()
             assert match < 1e-4  # a grey level is 0.004
         assert weight.sum() == (13 if split == "train" else 64)
-    noisy = task._replace(input_noise=jnp.float32(0.2), label_noise=jnp.float32(0.25))
+    noisy = task._replace(letters=task.letters._replace(input_noise=jnp.float32(0.2), label_noise=jnp.float32(0.25)))
     x, y, _ = jax.vmap(lambda k: FAMILY.batch(noisy, k, "train"))(jax.random.split(jax.random.key(0), 300))
     x0, y0, _ = jax.vmap(lambda k: FAMILY.batch(task, k, "train"))(jax.random.split(jax.random.key(0), 300))
-    np.testing.assert_allclose((x - x0).std(), 0.2 * task.input_scale, rtol=0.02)
+    np.testing.assert_allclose((x - x0).std(), 0.2 * task.letters.input_scale, rtol=0.02)
     assert abs((y != y0).mean() - 0.25) < 0.05
     valid = FAMILY.batch(noisy, jax.random.key(0), "outer_valid")
     assert (valid[1] == FAMILY.batch(task, jax.random.key(0), "outer_valid")[1]).all()
@@ -174,3 +158,12 @@ def test_a_damaged_cache_is_drawn_again(tmp_path, monkeypatch):
     tasks.letters.cache_clear()
     assert all((first[k] == again[k]).all() for k in first)
     assert np.load(path)["held_out/test"].shape == first["held_out/test"].shape
+
+
+def test_no_page_of_text_is_in_two_pools_or_splits():
+    symbols = np.array(list(tasks.SYMBOLS))
+    parts = {(pool, split): "".join(symbols[x]) for pool in tasks.ALPHABETS for split, x in tasks.texts(pool).items()}
+    for text in tasks.topics.topics.values():
+        clean = "".join(c if c in tasks.SYMBOLS else tasks.SYMBOLS[-1] for c in text.lower())
+        assert sum(clean in part for part in parts.values()) == 1
+    assert min(map(len, parts.values())) > 10000
