@@ -1,4 +1,4 @@
-"""The papers' experiments on estimators, a function each: `python experiments.py NAME` writes NAME.png and NAME.csv."""
+"""Pictures of the tasks and the papers' experiments on estimators, a function each: `python experiments.py NAME`."""
 import argparse
 import csv
 import functools
@@ -46,6 +46,47 @@ def episode_loss(problem, horizon, theta, key, cap=10.0):
     start_key, key = jax.random.split(key)
     unroll = estimators.make_unroll(problem, horizon, horizon, cap)
     return unroll(theta, problem.reset(theta, start_key), jnp.int32(horizon), key)[0]
+
+
+# ---------------------------------------------------------------- what there is to learn from
+
+def gallery(seed, count=6, horizon=200):
+    """Every family of tasks: its size and speed, what its data look like, and Adam, tuned per task, on a few of its tasks."""
+    figure, axes = plt.subplots(2, len(tasks.FAMILIES), figsize=(18, 7), layout="constrained")
+    keys, rows = jax.random.split(jax.random.key(seed), count), []
+    for (name, make_family), (top, bottom) in zip(tasks.FAMILIES.items(), axes.T):
+        family = make_family()
+        task = family.sample(keys[0])
+        examples = np.array(family.batch(task, keys[0], "train")[0])
+        if name == "rnn":
+            lines = ["".join(tasks.SYMBOLS[i] for i in row).replace("\n", " ") for row in examples]
+            top.text(0, 1, "\n".join(lines), family="monospace", size=12, va="top")
+            top.axis("off")
+        elif name == "function":
+            x = jnp.linspace(-4, 4, 401)
+            for kind, label in enumerate([f.__name__ for f in tasks.FUNCTIONS] + ["quadratic", "norm"]):
+                shown = task._replace(kind=jnp.int32(kind), log=jnp.bool(False))
+                along = lambda a: family.loss(shown, {"x": a * jnp.ones(64)}, family.batch(shown, keys[0], "test"))
+                y = np.array(jax.vmap(along)(x))
+                top.plot(x, y / y.max(), lw=1, label=label)
+            top.set(xlabel="all coordinates", ylabel="loss / largest")
+            top.legend(fontsize="x-small")
+        else:
+            top.imshow(examples[:24].reshape(4, 6, 8, 8).swapaxes(1, 2).reshape(32, 48), cmap="gray_r")
+            top.axis("off")
+        train = lambda: np.array(evaluate.learning_curves(family, model.adam, jnp.float32(evaluate.RATES), keys, horizon))[..., 1]
+        curves = train()
+        pace = count * len(evaluate.RATES) * horizon / seconds(train)
+        for curve in curves:  # [rates, points]
+            final = np.where(np.isfinite(curve).all(1), curve[:, -1], np.inf)
+            bottom.semilogy(np.arange(curve.shape[1]) * evaluate.EVERY, curve[final.argmin()] / curve[0, 0])
+        parameters = sum(x.size for x in jax.tree.leaves(family.init(task, keys[0])))
+        top.set_title(f"{name}: {parameters} parameters,\n{pace:.0f} steps a second")
+        bottom.set(xlabel="step", ylabel="test loss / start" if name == "mlp" else None)
+        fields = [f for f in task._fields if f != "letters"] + list(tasks.Letters._fields if hasattr(task, "letters") else ())
+        rows.append({"family": name, "parameters": parameters, "steps_per_second": pace, "sampled": " ".join(fields)})
+        print(f"{name:12} {parameters:5} parameters {pace:7.0f} steps/s  sampled: {', '.join(fields)}")
+    return figure, rows
 
 
 # ---------------------------------------------------------------- how the outer loss looks
@@ -359,42 +400,42 @@ def outer_step(estimator, optimizer):
 
 # ---------------------------------------------------------------- why longer is not better
 
-def longer(seed, every=64, tasks_watched=64):
-    """Twenty minutes of the default meta-training, two seeds, looked at each minute on held-out tasks; and the first eight
-    with an outer learning rate that falls four times as slowly. No step size is fitted at the end. About 45 minutes."""
+def longer(seed, runs=3, looks=20, every=64, count=64):
+    """Twenty minutes of the default meta-training, looked at each minute on held-out tasks: theta as it is, its average over
+    the outer steps, and that with the step size fitted, which is what meta_train.py hands out. More than an hour for three seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained", sharex=True)
     family, horizon, rows = tasks.mlp("held_out"), meta_train.Settings.horizon, []
     learned = model.LEARNED[meta_train.Settings.optimizer]()
-    keys = jax.random.split(jax.random.key(0), tasks_watched)
+    keys = jax.random.split(jax.random.key(0), count)
     watch = lambda make, hyper: np.array(evaluate.learning_curves(family, make, hyper, keys, horizon)[..., 1])
     adam = watch(model.adam, jnp.float32(evaluate.RATES))
-    for label, color, options, looks, runs in (("as shipped", "C3", {}, 20, 2), ("--decay-steps 128", "C0", {"decay_steps": 128.0}, 8, 1)):
-        for run in range(runs):
-            settings = meta_train.Settings(seed=seed + run, outer_steps=20 * every, **options)
-            key = jax.random.key(settings.seed)
-            state, outer_step = meta_train.compiled(*meta_train.make_outer(settings), key)
-            for look in range(1, looks + 1):
-                for _ in range(every):
-                    state, row = jax.block_until_ready(outer_step(state, key))  # two at once would wait for each other's sums
-                mine = watch(learned.optimizer, jax.tree.map(lambda x: x[None], state.theta))
-                wins = [float(np.mean(evaluate.best(mine, value) < evaluate.best(adam, value)))
-                        for value in (evaluate.mean_loss, evaluate.final_loss)]
-                rows.append({"rate": label, "seed": settings.seed, "outer_step": look * every, "smoothed": float(row["smoothed"]),
-                             "win_mean": wins[0], "win_final": wins[1]})
+    for run in range(runs):
+        settings = meta_train.Settings(seed=seed + run, outer_steps=looks * every)
+        key = jax.random.key(settings.seed)
+        state, outer_step = meta_train.compiled(*meta_train.make_outer(settings), key)
+        for look in range(1, looks + 1):
+            for _ in range(every):
+                state, row = jax.block_until_ready(outer_step(state, key))  # two at once would wait for each other's sums
+            variants = {"theta": state.theta, "average": state.average, "handed out": meta_train.fit_step_size(settings, state.average)}
+            curves = watch(learned.optimizer, jax.tree.map(lambda *x: jnp.stack(x), *variants.values()))
+            for i, name in enumerate(variants):
+                win = lambda value: float(np.mean(evaluate.best(curves[:, i:i + 1], value) < evaluate.best(adam, value)))
+                rows.append({"theta": name, "seed": settings.seed, "outer_step": look * every, "smoothed": float(row["smoothed"]),
+                             "win_mean": win(evaluate.mean_loss), "win_final": win(evaluate.final_loss)})
                 print(rows[-1], flush=True)
-            mine = [row for row in rows if (row["rate"], row["seed"]) == (label, settings.seed)]
-            for axis, name in zip(axes, ("win_mean", "win_final")):
-                x, y = (np.array([row[name] for row in mine]) for name in ("outer_step", name))
-                axis.plot(x, y, color=color, label=None if run else label)
-                error = np.sqrt(y * (1 - y) / tasks_watched)
-                axis.fill_between(x, y - error, y + error, color=color, alpha=0.1)
-    for axis, name in zip(axes, ("mean", "final")):
-        axis.set(xlabel="outer step", ylabel="share of held-out tasks", title=f"lower {name} test loss than tuned Adam")
+    for axis, win, title in zip(axes, ("win_mean", "win_final"), ("mean", "final")):
+        for name, color in (("theta", "C0"), ("average", "C1"), ("handed out", "C3")):
+            y = np.array([row[win] for row in rows if row["theta"] == name]).reshape(runs, looks)
+            x, error = every * np.arange(1, looks + 1), np.sqrt(np.maximum(y * (1 - y), 0) / count)
+            for i, (line, spread) in enumerate(zip(y, error)):
+                axis.plot(x, line, color=color, label=None if i else name)
+                axis.fill_between(x, line - spread, line + spread, color=color, alpha=0.1)
+        axis.set(xlabel="outer step", ylabel="share of held-out tasks", title=f"lower {title} test loss than tuned Adam")
         axis.legend()
     return figure, rows
 
 
-EXPERIMENTS = {"landscape": landscape, "truncation-bias": truncation_bias, "variance": variance,
+EXPERIMENTS = {"gallery": gallery, "landscape": landscape, "truncation-bias": truncation_bias, "variance": variance,
                "cost": cost, "race": race, "longer": longer}
 
 

@@ -38,7 +38,7 @@ class Settings:
     output: str = flag("anchored", "form of the optimizer's step: anchored (on Adam's) or papers")
     estimator: str = flag("truncated_backprop", "of the meta-gradient: truncated_backprop, es, merged, pes or combined")
     target: str = flag("valid", "the loss that theta is for: valid (held-out batches, as both papers advise) or train")
-    outer_steps: int = flag(320, "updates of theta; the outer learning rate falls to zero over them")
+    outer_steps: int = flag(320, "updates of theta in all; a finished run can be resumed with more")
     minutes: float = flag(7.8, "stop then even if steps are left, fit and compare; counted from each launch")
     save_seconds: float = flag(30.0, "time between two saves")
     seed: int = flag(0, "of theta, tasks and noise")
@@ -49,7 +49,7 @@ class Settings:
     adjoint: float = flag(1.0, "largest norm of the signal that backprop sends from one inner step to the one before")
     clip: float = flag(0.3, "largest norm of one trajectory's pathwise gradient")
     learning_rate: float = flag(6e-3, "of the outer Adam at its start")
-    decay_steps: float = flag(32.0, "outer steps after which that rate has halved: besides the cosine it falls like 1 / step")
+    decay_steps: float = flag(32.0, "outer steps after which that rate has halved; later it falls like 1 / step")
     fit: int = flag(128, "meta-training tasks of each family that fit the step size at the end (0: leave it; anchored only)")
     compare: int = flag(64, "held-out tasks of each family in the comparison at the end")
 
@@ -66,6 +66,7 @@ MULTIPLES = 2.0 ** np.arange(-1.5, 0.6, 0.5)  # of the step size, tried by `fit_
 class Run(NamedTuple):
     """All that an outer step reads and writes; what a checkpoint holds."""
     theta: dict
+    average: dict        # of theta over all outer steps, later ones counting more: what is handed out
     opt_state: Any
     particles: dict      # of each family
     step: jax.Array
@@ -128,13 +129,13 @@ def make_outer(settings):
         horizon=settings.horizon, sigma=settings.sigma, cap=CAP, **clip)
     each = {name: make(inner_problem(tasks.FAMILIES[name](), learned, settings.target, settings.horizon, settings.adjoint))
             for name in families(settings)}
-    adam = model.nadamw(settings.learning_rate, nesterov=False, warmup=10, horizon=settings.outer_steps)
+    adam = model.nadamw(settings.learning_rate, nesterov=False, warmup=10)
 
     def start(key):
         theta_key, particle_key = jax.random.split(key)
         theta = learned.init(theta_key)
         particles = {name: estimator.init(theta, particle_key) for name, estimator in each.items()}
-        return Run(theta, adam.init(ravel_pytree(theta)[0]), particles, jnp.int32(0), jnp.float32(jnp.nan))
+        return Run(theta, theta, adam.init(ravel_pytree(theta)[0]), particles, jnp.int32(0), jnp.float32(jnp.nan))
 
     def outer_step(run, key):
         keys = {name: jax.random.fold_in(key, len(each) * run.step + i) for i, name in enumerate(each)}
@@ -143,21 +144,24 @@ def make_outer(settings):
         # one long vector is faster to compile than a dict of small arrays; each family counts the same
         gradient = sum(ravel_pytree(g)[0] for g in gradients.values()) / len(each)
         theta, unravel = ravel_pytree(run.theta)
+        average, _ = ravel_pytree(run.average)
         clipped = jnp.clip(gradient, -0.1, 0.1)  # P2: without this no training occurs
         updates, opt_state = adam.update(clipped, run.opt_state)
         losses = {f"loss_{name}": m["loss"] for name, m in metrics.items()}
-        average = lambda *x: sum(x) / len(x) if jnp.issubdtype(x[0].dtype, jnp.floating) else sum(x)  # counts are added up
-        metrics = jax.tree.map(average, *metrics.values())
+        total = lambda *x: sum(x) / len(x) if jnp.issubdtype(x[0].dtype, jnp.floating) else sum(x)  # counts are added up
+        metrics = jax.tree.map(total, *metrics.values())
         loss = metrics["loss"]
         smoothed = jnp.where(run.step == 0, loss, 0.97 * run.smoothed + 0.03 * loss)
         row = metrics | (losses if len(each) > 1 else {}) | {"step": run.step + 1, "smoothed": smoothed, "gradient": jnp.linalg.norm(gradient)}
         rate = 1 / (1 + run.step / settings.decay_steps)  # most is learned early; what comes later needs averaging
-        return Run(unravel(theta + rate * updates), opt_state, particles, run.step + 1, smoothed), row
+        theta = theta + rate * updates
+        average = average + 2 / (run.step + 2) * (theta - average)  # weights 1, 2, 3, ...: the noise of single steps averages out
+        return Run(unravel(theta), unravel(average), opt_state, particles, run.step + 1, smoothed), row
 
     rows = estimators.sharding(settings.num_pairs)
     everywhere = jax.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())
     particles = dict.fromkeys(each, estimators.Particles(rows, everywhere))  # the pairs are shared out, the rest is copied
-    layout = Run(everywhere, everywhere, particles, everywhere, everywhere)
+    layout = Run(everywhere, everywhere, everywhere, particles, everywhere, everywhere)
     return (jax.jit(start, out_shardings=layout),
             jax.jit(outer_step, in_shardings=(layout, everywhere), out_shardings=(layout, everywhere)))
 
@@ -264,7 +268,7 @@ def save(settings, folder, run):
 
 
 def save_theta(settings, folder, run):
-    model.save(os.path.join(folder, "theta.npz"), settings.optimizer, run.theta, sizes=sizes(settings),
+    model.save(os.path.join(folder, "theta.npz"), settings.optimizer, run.average, sizes=sizes(settings),
                outer_steps_done=int(run.step), **dataclasses.asdict(settings))
 
 
@@ -317,7 +321,7 @@ def print_comparison(settings, folder, run):
     """Held-out tasks: a table for each family on screen, all in table.json, and comparison-<family>.png in the folder."""
     learned, results = model.LEARNED[settings.optimizer](**sizes(settings)), {}
     for name in families(settings):
-        curves = evaluate.compare(tasks.FAMILIES[name]("held_out"), learned, run.theta, settings.compare, settings.horizon)
+        curves = evaluate.compare(tasks.FAMILIES[name]("held_out"), learned, run.average, settings.compare, settings.horizon)
         results[name] = evaluate.summary(curves)
         evaluate.print_summary(name, results[name])
         evaluate.picture(os.path.join(folder, f"comparison-{name}.png"), curves)
@@ -348,7 +352,7 @@ def parse():
             if set(stored) != {field.name for field in dataclasses.fields(Settings)}:
                 raise ValueError(f"{path} is not a checkpoint of this program.")
             for name in given:
-                if name not in ("minutes", "fit", "compare") and given[name] != stored[name]:
+                if name not in ("outer_steps", "minutes", "fit", "compare") and given[name] != stored[name]:
                     raise ValueError(f"{folder} was begun with {name} = {stored[name]}, not {given[name]}: "
                                      "resume it without that flag, or start a new run.")
             given = stored | given
@@ -402,8 +406,8 @@ def main():
               f"pairs on {len(run.step.sharding.device_set)} devices")
         run = train(settings, folder, run, outer_step, launch)
         if settings.fit and "log_lr" in run.theta:
-            run = run._replace(theta=fit_step_size(settings, run.theta))
-            save_theta(settings, folder, run)  # the checkpoint keeps the theta to go on from
+            run = run._replace(average=fit_step_size(settings, run.average))
+            save_theta(settings, folder, run)  # the checkpoint keeps the average to go on from
         print_comparison(settings, folder, run)
         print(f"{time.time() - launch:.0f} s since launch; results in {folder}")
     except KeyboardInterrupt:

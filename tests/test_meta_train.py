@@ -114,11 +114,8 @@ def test_a_full_disk_ends_the_run_but_not_the_last_save(whole, tmp_path):
     os.makedirs(folder)
     for name in ("checkpoint.npz", "theta.npz", "log.csv"):
         (folder / name).write_bytes((whole[0] / name).read_bytes())
-    stored = model.read_npz(folder / "checkpoint.npz")
-    settings = json.loads(str(stored["settings"])) | {"outer_steps": 100000}
-    model.write_npz(folder / "checkpoint.npz", stored | {"settings": np.array(json.dumps(settings))})
     before = (folder / "checkpoint.npz").read_bytes()
-    code, out, err = run("--resume", folder, "--minutes", 0.01, cwd=tmp_path, prelude="import resource; "
+    code, out, err = run("--resume", folder, "--outer-steps", 100000, "--minutes", 0.01, cwd=tmp_path, prelude="import resource; "
                          "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))")
     assert code == 2 and "Traceback" not in err and "File too large" in err, err
     assert (folder / "checkpoint.npz").read_bytes() == before
@@ -190,6 +187,18 @@ def test_every_family_counts_the_same(monkeypatch):
     np.testing.assert_allclose(both, alone / 2, rtol=1e-3, atol=1e-7)
 
 
+def test_the_average_weighs_later_thetas_more(monkeypatch):
+    monkeypatch.setitem(meta_train.tasks.FAMILIES, "mlp", lambda: bowl(2))
+    begin, outer_step = meta_train.make_outer(meta_train.Settings(optimizer="per_parameter_mlp", horizon=20, truncation=20))
+    run, seen = begin(jax.random.key(0)), []
+    for _ in range(4):
+        run, _ = outer_step(run, jax.random.key(1))
+        seen.append(run.theta)
+    for k, x in run.average.items():
+        np.testing.assert_allclose(x, np.average([theta[k] for theta in seen], axis=0, weights=[1, 2, 3, 4]), atol=1e-6)
+        assert k.endswith("/b") or not jnp.array_equal(x, run.theta[k])
+
+
 @pytest.mark.parametrize("estimator", meta_train.RECIPES)
 def test_an_outer_step_moves_theta_by_adam_on_the_clipped_gradient(estimator, monkeypatch):
     monkeypatch.setitem(meta_train.tasks.FAMILIES, "mlp", lambda: bowl(3))
@@ -251,7 +260,7 @@ def test_the_fit_multiplies_the_step_size_and_nothing_else(whole):
     multiple = float(out.split("step size multiplied by ")[1].split()[0])
     stored = model.read_npz(folder / "checkpoint.npz")
     learned, theta = model.load(folder / "theta.npz")
-    names = sorted(theta)  # a checkpoint's first leaves are theta's, in the order of jax.tree.leaves
-    before = {name: stored[f"leaf{i:04}"] for i, name in enumerate(names)}
+    names = sorted(theta)  # a checkpoint's first leaves are theta's and the average's, in the order of jax.tree.leaves
+    before = {name: stored[f"leaf{len(names) + i:04}"] for i, name in enumerate(names)}
     np.testing.assert_allclose(theta["log_lr"] - before["log_lr"], np.log(multiple), atol=0.02)  # of 0.35, two digits are printed
     assert all((theta[name] == before[name]).all() for name in names if name != "log_lr")
