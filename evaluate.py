@@ -162,7 +162,7 @@ def picture(path, curves):
             test = curves[name][i, ..., 1]
             setting = np.where(np.isfinite(test).all(-1), mean_loss(test), np.inf).argmin()
             axis.plot(steps, test[setting], label=name, color={"learned": "C3"}.get(name), lw=2 if name == "learned" else 1.2)
-        axis.set(title=f"held-out task {i}", xlabel="step", ylabel="test loss" if i == 0 else None)
+        axis.set(title=f"task {i}", xlabel="step", ylabel="test loss" if i == 0 else None)
     axes[0].legend()
     ratio = lambda value: np.log2(best(curves["learned"][..., 1], value) / best(curves["Adam"][..., 1], value))
     for value, label in ((mean_loss, "mean test loss"), (final_loss, "final test loss")):

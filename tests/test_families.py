@@ -114,7 +114,7 @@ def test_adam_lowers_the_loss(name, family):
         task = family.sample(task_key)
         begin = tasks.init_inner(family, model.adam(rate), task, init_key)
         step = lambda inner, key: (tasks.inner_step(family, model.adam(rate), task, inner, key), None)
-        end, _ = jax.lax.scan(step, begin, jax.random.split(key, 80))
+        end, _ = jax.lax.scan(step, begin, jax.random.split(key, 60))
         batch = family.batch(task, test_key, "test")
         return family.loss(task, end.params, batch) / family.loss(task, begin.params, batch)
 

@@ -31,13 +31,6 @@ def plain_loss(task, params, batch):
     return jnp.mean(jnp.log(jnp.exp(logits).sum(1)) - logits[jnp.arange(len(y)), y])
 
 
-def test_the_padded_loss_is_that_of_the_unpadded_net():
-    task = small_task()
-    params = FAMILY.init(task, jax.random.key(0))
-    batch = FAMILY.batch(task, jax.random.key(1), "train")
-    np.testing.assert_allclose(FAMILY.loss(task, params, batch), plain_loss(task, real(task, params), batch), rtol=1e-5)
-
-
 @pytest.mark.parametrize("depth", [1, 2])
 def test_perturbing_padding_changes_no_loss_and_no_real_gradient(depth):
     task = small_task()._replace(depth=jnp.int32(depth))
