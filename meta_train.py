@@ -1,6 +1,6 @@
 """Meta-train a learned optimizer: `python meta_train.py`, and nothing else, learns one that beats tuned Adam.
 
-The loop in `train` is the whole program: estimate the meta-gradient, clip it, let Adam move theta. At the end
+The loop in `train` is the whole program: estimate the meta-gradient, clip it, let Adam move theta, average. At the end
 `fit_step_size` mends by trial what backprop was seen to get wrong: the size of the steps.
 """
 import argparse

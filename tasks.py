@@ -260,12 +260,12 @@ class ConvTask(NamedTuple):
 
 
 def patches(x, stride):
-    """The 3x3 neighbourhoods of every stride-th pixel, zeros around: [B, S, S, C] -> [B, S / stride, S / stride, 9 C].
+    """The 3x3 neighbourhoods of every stride-th pixel, zeros around: [B, H, W, C] -> [B, H / stride, W / stride, 9 C], rounded up.
 
     A convolution is then one matmul; XLA's own has a gradient many times slower inside a scan on a CPU.
     """
-    side, x = x.shape[1], jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return jnp.concatenate([x[:, i:i + side:stride, j:j + side:stride] for i in range(3) for j in range(3)], -1)
+    (height, width), x = x.shape[1:3], jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return jnp.concatenate([x[:, i:i + height:stride, j:j + width:stride] for i in range(3) for j in range(3)], -1)
 
 
 def conv(pool="meta_train", max_channels=8, max_batch=32, num_classes=10):
@@ -580,8 +580,8 @@ def dataset(arrays, net="mlp", width=32, max_batch=64):
     """
     x, y, classes = check_dataset(arrays, net)
     order = np.random.default_rng(0).permutation(len(x["train"]))
-    fifth = max(len(order) // 10, 1)
-    rows = {"train": order[2 * fifth:], "inner_valid": order[:fifth], "outer_valid": order[fifth:2 * fifth], "test": np.arange(len(x["test"]))}
+    tenth = len(order) // 10
+    rows = {"train": order[2 * tenth:], "inner_valid": order[:tenth], "outer_valid": order[tenth:2 * tenth], "test": np.arange(len(x["test"]))}
     source = {split: "test" if split == "test" else "train" for split in SPLITS}
     seen = np.float64(x["train"][rows["train"]])
     spread = np.broadcast_to(seen.std(0) if seen.ndim == 2 else seen.std(), seen.shape[1:]) + 1e-6  # of an image: one for all pixels
@@ -642,6 +642,9 @@ def check_dataset(arrays, net):
         if len(x[part]) < least:
             raise ValueError(f"x_{part} has {len(x[part])} rows; at least {least} are needed.")
     y = {part: v.ravel() for part, v in y.items()}
+    if (y["train"].dtype.kind == "f") != (y["test"].dtype.kind == "f"):
+        raise ValueError(f"y_train is of type {y['train'].dtype} and y_test of type {y['test'].dtype}: "
+                         "both must be labels (integers), or both float targets.")
     if y["train"].dtype.kind == "f":
         return x, {part: v.astype(np.float32) for part, v in y.items()}, 0
     y = {part: v.astype(np.int32) for part, v in y.items()}

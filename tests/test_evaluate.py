@@ -110,7 +110,7 @@ def my_data(shape=(28, 28), n=60, dtype=np.uint8, targets=np.int64):
 @pytest.mark.parametrize("shape, net, dtype, targets", [
     ((64,), "mlp", np.float64, np.int64),          # scikit-learn's digits
     ((28, 28), "mlp", np.uint8, np.uint8), ((28, 28), "conv", np.uint8, np.uint8),
-    ((32, 32, 3), "conv", np.uint8, np.int64), ((5,), "mlp", np.float32, np.float32)])
+    ((32, 32, 3), "conv", np.uint8, np.int64), ((13, 22), "conv", np.uint8, np.int64), ((5,), "mlp", np.float32, np.float32)])
 def test_adam_learns_your_own_data(shape, net, dtype, targets):
     arrays = my_data(shape, 60, dtype, targets)
     if shape == (32, 32, 3):
@@ -147,7 +147,7 @@ def test_the_command_takes_your_own_data(theta, tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"x_train": None}, "lack x_train"), ({"x_train": np.array(["a"] * 60)}, "finite numbers"),
     ({"x_test": np.full((20, 28, 28), np.nan)}, "NaN"), ({"x_test": np.zeros((20, 27, 28))}, "shape"), ({"x_train": np.zeros(60)}, "shape"),
-    ({"y_train": np.zeros(59, int)}, "one target"), ({"x_train": np.zeros((5, 28, 28)), "y_train": np.arange(5)}, "at least 20"),
+    ({"y_train": np.zeros(59, int)}, "one target"), ({"y_test": np.zeros(20)}, "both"), ({"x_train": np.zeros((5, 28, 28)), "y_train": np.arange(5)}, "at least 20"),
     ({"y_train": 1 + np.arange(60) % 3}, "from 0"), ({"y_test": np.full(20, 3)}, "from 0"), ({"y_train": np.zeros(60, int)}, "from 0")])
 def test_unusable_data_end_in_one_sentence(change, words):
     arrays = {name: a for name, a in (my_data() | change).items() if a is not None}

@@ -8,7 +8,7 @@ import model
 import tasks
 
 FAMILIES = {name: make() for name, make in tasks.FAMILIES.items()}
-pytestmark = pytest.mark.parametrize("name", FAMILIES)
+each_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 @pytest.fixture
@@ -22,6 +22,7 @@ def start(family, key):
     return task, family.init(task, key)
 
 
+@each_family
 def test_a_thousand_tasks_differ_and_begin_finite(family):
     keys = jax.random.split(jax.random.key(0), 1000)
 
@@ -38,6 +39,7 @@ def test_a_thousand_tasks_differ_and_begin_finite(family):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, sampled, again))
 
 
+@each_family
 def test_the_held_out_pool_has_other_data(name, family):
     held_out, key = tasks.FAMILIES[name]("held_out"), jax.random.key(0)
     mine, other = (f.batch(f.sample(key), key, "train") for f in (family, held_out))
@@ -46,6 +48,7 @@ def test_the_held_out_pool_has_other_data(name, family):
     assert not jax.tree.all(jax.tree.map(jnp.array_equal, mine, other))
 
 
+@each_family
 def test_vmapped_training_equals_a_loop_over_tasks(family):
     adam, n = model.adam(0.01), 32
 
@@ -90,6 +93,7 @@ def real_weights(name, task):
     return int(task.size)
 
 
+@each_family
 def test_perturbing_padding_changes_no_loss_and_no_gradient(name, family):
     value = jax.jit(jax.value_and_grad(family.loss, argnums=1))
     for i in range(8):
@@ -106,6 +110,7 @@ def test_perturbing_padding_changes_no_loss_and_no_gradient(name, family):
             assert (np.array(grads[k])[masks[k]] == 0).all()
 
 
+@each_family
 def test_adam_lowers_the_loss(name, family):
     rates = jnp.float32([1e-2, 1e-1])
 
@@ -206,6 +211,7 @@ def plain_function(task, p, batch):
     return task.scale * (np.log(1 + 100 * value) if task.log else value)
 
 
+@each_family
 def test_the_loss_against_a_plain_computation(name, family):
     seen = set()
     for i in range(24):
@@ -217,3 +223,20 @@ def test_the_loss_against_a_plain_computation(name, family):
         np.testing.assert_allclose(family.loss(task, params, batch), plain, rtol=2e-4, atol=1e-6 * float(getattr(task, "scale", 1)))
         seen.add(int(getattr(task, {"conv": "strides", "autoencoder": "output", "rnn": "core", "function": "kind"}.get(name, "activation"))))
     assert len(seen) == {"mlp": 4, "function": 7}.get(name, 3)
+
+
+def test_noise_and_sparsity_of_a_function_are_in_its_training_gradient_alone():
+    family, slope = FAMILIES["function"], jax.jit(jax.value_and_grad(tasks.function().loss, argnums=1))
+    task, params = start(family, jax.random.key(0))
+    task = task._replace(size=jnp.int32(64), noise=jnp.float32(0.5), scale=jnp.float32(3), sparsity=jnp.float32(0.4))
+    exact, clean = slope(task, params, family.batch(task, jax.random.key(0), "test"))
+    noise, alive = [], []
+    for i in range(50):
+        batch = family.batch(task, jax.random.key(i), "train")
+        value, noisy = slope(task, params, batch)
+        assert abs(value - exact) <= 1e-5 * abs(exact)
+        gone = np.array(noisy["x"]) == 0
+        alive.append(~gone)
+        noise.append(np.array(noisy["x"] - clean["x"])[~gone])
+    np.testing.assert_allclose(np.mean(alive), 0.6, atol=0.03)
+    np.testing.assert_allclose(np.concatenate(noise).std(), 0.5 * 3, rtol=0.05)
