@@ -27,14 +27,18 @@ def test_a_learning_curve_is_that_of_a_plain_loop():
     assert curve.shape == (3, 2)
     task_key, init_key, step_key, measure_key = jax.random.split(key, 4)
     task = family.sample(task_key)
-    params, t = family.init(task, init_key), 0
+    params = family.init(task, init_key)
     state = optimizer.init(params)
-    gradient = jax.jit(lambda params, k: jax.grad(family.loss, argnums=1)(task, params, family.batch(task, k, "train")))
+
+    @jax.jit
+    def plain_step(params, state, key):
+        batch = family.batch(task, jax.random.split(key)[0], "train")
+        updates, state = optimizer.update(jax.grad(family.loss, argnums=1)(task, params, batch), state, params)
+        return jax.tree.map(jnp.add, params, updates), state
+
     for segment in jax.random.split(step_key, 2):
         for k in jax.random.split(segment, 20):
-            grads = gradient(params, jax.random.split(k)[0])
-            updates, state = optimizer.update(grads, state, params)
-            params = jax.tree.map(jnp.add, params, updates)
+            params, state = plain_step(params, state, k)
     measure = jax.jit(lambda k: family.loss(task, params, family.batch(task, k, "test")))
     losses = [measure(k) for k in jax.random.split(measure_key, 8)]
     np.testing.assert_allclose(curve[-1, 1], np.mean(losses), rtol=1e-3)

@@ -26,16 +26,18 @@ def start(family, key):
 def test_a_thousand_tasks_differ_and_begin_finite(family):
     keys = jax.random.split(jax.random.key(0), 1000)
 
+    @jax.jit
+    @jax.vmap
     def first(key):
         key, batch_key = jax.random.split(key)
         task, params = start(family, key)
         return task, family.loss(task, params, family.batch(task, batch_key, "train"))
 
-    sampled, losses = jax.jit(jax.vmap(first))(keys)
+    sampled, losses = first(keys)
     assert np.isfinite(losses).all()
     rows = np.concatenate([np.float64(x).reshape(1000, -1) for x in jax.tree.leaves(sampled)], 1)
     assert len(np.unique(rows, axis=0)) == 1000
-    again, _ = jax.jit(jax.vmap(first))(keys)
+    again, _ = first(keys)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, sampled, again))
 
 
@@ -56,9 +58,8 @@ def test_vmapped_training_equals_a_loop_over_tasks(family):
         task_key, init_key, step_key = jax.random.split(key, 3)
         task = family.sample(task_key)
         inner = tasks.init_inner(family, adam, task, init_key)
-        for key in jax.random.split(step_key, 2):
-            inner = tasks.inner_step(family, adam, task, inner, key)
-        return inner.params
+        step = lambda inner, key: (tasks.inner_step(family, adam, task, inner, key), None)
+        return jax.lax.scan(step, inner, jax.random.split(step_key, 2))[0].params
 
     keys = jax.random.split(jax.random.key(1), n)
     batched, one = jax.jit(jax.vmap(train))(keys), jax.jit(train)
@@ -119,7 +120,7 @@ def test_adam_lowers_the_loss(name, family):
         task = family.sample(task_key)
         begin = tasks.init_inner(family, model.adam(rate), task, init_key)
         step = lambda inner, key: (tasks.inner_step(family, model.adam(rate), task, inner, key), None)
-        end, _ = jax.lax.scan(step, begin, jax.random.split(key, 60))
+        end, _ = jax.lax.scan(step, begin, jax.random.split(key, 40))
         batch = family.batch(task, test_key, "test")
         return family.loss(task, end.params, batch) / family.loss(task, begin.params, batch)
 
@@ -213,14 +214,14 @@ def plain_function(task, p, batch):
 
 @each_family
 def test_the_loss_against_a_plain_computation(name, family):
-    seen = set()
+    seen, loss = set(), jax.jit(family.loss)
     for i in range(24):
         task, params = start(family, jax.random.key(100 + i))
         params = {k: p + 0.3 * (np.array(~padding(name, params)[k]) if k[0] == "b" else 0) for k, p in params.items()}
         batch = family.batch(task, jax.random.key(i), "train")
         as_numpy = lambda tree: jax.tree.map(lambda x: np.array(x) if jnp.issubdtype(x.dtype, jnp.integer) else np.float64(x), tree)
         plain = globals()[f"plain_{name}"](as_numpy(task), as_numpy(params), as_numpy(batch))
-        np.testing.assert_allclose(family.loss(task, params, batch), plain, rtol=2e-4, atol=1e-6 * float(getattr(task, "scale", 1)))
+        np.testing.assert_allclose(loss(task, params, batch), plain, rtol=2e-4, atol=1e-6 * float(getattr(task, "scale", 1)))
         seen.add(int(getattr(task, {"conv": "strides", "autoencoder": "output", "rnn": "core", "function": "kind"}.get(name, "activation"))))
     assert len(seen) == {"mlp": 4, "function": 7}.get(name, 3)
 
