@@ -175,6 +175,132 @@ def picture(path, curves):
     plt.close(figure)
 
 
+# ---------------------------------------------------------------- kinds of task that nothing here is ever meta-trained on
+
+def wide_and_deep():
+    """The mlp family beyond what meta-training saw: four hidden layers of 128 units."""
+    family = tasks.mlp("held_out", max_depth=4, max_width=128)
+    largest = dict(depth=jnp.int32(4), widths=jnp.full(4, 128))
+    return family._replace(sample=lambda key: family.sample(key)._replace(**largest))
+
+
+def one_example():
+    """The mlp family with batches of a single training example."""
+    family = tasks.mlp("held_out")
+
+    def sample(key):
+        task = family.sample(key)
+        return task._replace(letters=task.letters._replace(batch_size=jnp.int32(1)))
+
+    return family._replace(sample=sample)
+
+
+def full_batch():
+    """The mlp family with 256 training examples, all of them in every batch."""
+    family = tasks.mlp("held_out", max_batch=256)
+
+    def sample(key):
+        task = family.sample(key)
+        return task._replace(letters=task.letters._replace(batch_size=jnp.int32(256)))
+
+    def batch(task, key, split):
+        return family.batch(task, jax.random.key(0) if split == "train" else key, split)
+
+    return family._replace(sample=sample, batch=batch)
+
+
+def plain_weights(key, shapes):
+    """{name: standard normal / sqrt(rows) of that shape}."""
+    keys = jax.random.split(key, len(shapes))
+    return {name: jax.random.normal(k, shape) / np.sqrt(shape[0]) for k, (name, shape) in zip(keys, shapes.items())}
+
+
+def residual(channels=12, blocks=2):
+    """Classification of letters by a residual net of 3x3 convolutions, the mean over all positions, and a linear head."""
+    choose, letter_batch = tasks.letter_batches("held_out", 32)
+    inside = {f"block{i}/{j}": (9 * channels, channels) for i in range(blocks) for j in range(2)}
+    shapes = {"in": (9, channels), **inside, "out": (channels, 10)}
+    rows = lambda b, x: jnp.expand_dims(b, tuple(range(x.ndim - 1)))
+
+    def sample(key):
+        class_key, key = jax.random.split(key)
+        return choose(class_key, jax.random.uniform(key, (4,)))
+
+    def init(task, key):
+        return plain_weights(key, shapes) | {f"{name}/b": jnp.zeros(shape[1]) for name, shape in shapes.items()}
+
+    def loss(task, params, batch):
+        x, y, weight = batch
+        layer = lambda name, x: x @ params[name] + rows(params[f"{name}/b"], x)
+        h = layer("in", tasks.patches(x.reshape(-1, 8, 8, 1), 2))  # [B, 4, 4, channels]
+        for i in range(blocks):
+            inner = layer(f"block{i}/0", tasks.patches(jax.nn.relu(h), 1))
+            h = h + layer(f"block{i}/1", tasks.patches(jax.nn.relu(inner), 1))
+        logits = layer("out", jnp.mean(jax.nn.relu(h), (1, 2)))
+        return tasks.weighted_mean(tasks.cross_entropy(logits, y), weight)
+
+    return tasks.TaskFamily("residual", sample, init, letter_batch, loss)
+
+
+def transformer(width=24, heads=2, length=16, size=8):
+    """Character-level language modelling by one block of causal attention and a feed-forward layer, both on normalised inputs."""
+    text, n = {split: jnp.asarray(x) for split, x in tasks.texts("held_out").items()}, len(tasks.SYMBOLS)
+    shapes = {"place": (length, width), "query": (width, width), "key": (width, width), "value": (width, width),
+              "mix": (width, width), "up": (width, 4 * width), "down": (4 * width, width), "out": (width, n)}
+
+    def init(task, key):
+        embed_key, key = jax.random.split(key)
+        return plain_weights(key, shapes) | {"embed": jax.random.normal(embed_key, (n, width))}
+
+    def batch(task, key, split):
+        start = jax.random.randint(key, (size, 1), 0, len(text[split]) - length)
+        return text[split][start + jnp.arange(length + 1)[None]]
+
+    def loss(task, params, characters):
+        h = params["embed"][characters[:, :-1]] + params["place"][None]  # [B, length, width]
+        x = jax.nn.standardize(h)
+        q, k, v = ((x @ params[name]).reshape(size, length, heads, -1) for name in ("query", "key", "value"))
+        h = h + jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(h.shape) @ params["mix"]
+        h = h + jax.nn.relu(jax.nn.standardize(h) @ params["up"]) @ params["down"]
+        return jnp.mean(tasks.cross_entropy(jax.nn.standardize(h) @ params["out"], characters[:, 1:]))
+
+    return tasks.TaskFamily("transformer", lambda key: (), init, batch, loss)
+
+
+def own_training(steps=20, count=8):
+    """A learned optimizer's own meta-training (P2 section 5.5): the parameters are a small per-parameter MLP's theta, the loss
+    is its mean root relative loss over a short training of fresh functions."""
+    learned, family = model.per_parameter_mlp(hidden=8), tasks.function("held_out")
+
+    def batch(task, key, split):
+        return jax.random.split(jax.random.fold_in(key, tasks.SPLITS.index(split)), count)
+
+    def loss(task, theta, keys):
+        optimizer = learned.optimizer(theta)
+
+        def unroll(key):
+            task_key, init_key, key = jax.random.split(key, 3)
+            inner_task = family.sample(task_key)
+            value = lambda inner: family.loss(inner_task, inner.params, family.batch(inner_task, key, "test"))
+
+            def step(inner, key):
+                inner = tasks.inner_step(family, optimizer, inner_task, inner, key)
+                return inner, value(inner)
+
+            start = tasks.init_inner(family, optimizer, inner_task, init_key)
+            losses = jax.lax.scan(step, start, jax.random.split(key, steps))[1]
+            return jnp.mean(jnp.sqrt(jnp.minimum(losses / value(start), 10.0) + 1e-6))
+
+        return jnp.mean(jax.vmap(unroll)(keys))
+
+    return tasks.TaskFamily("own_training", lambda key: (), lambda task, key: learned.init(key), batch, loss)
+
+
+KINDS = {f.__name__: f for f in (wide_and_deep, one_example, full_batch, residual, transformer, own_training)}
+
+
+# ---------------------------------------------------------------- the command line
+
 def configure_jax():
     """One device per core, since small steps don't fill two from one; and compiled programs are kept for the next launch.
 
@@ -195,7 +321,7 @@ def newest_run():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
     parser.add_argument("theta", nargs="?", help="meta-parameters written by meta_train.py (default: the newest run's)")
-    parser.add_argument("--family", choices=tasks.FAMILIES, default="mlp", help="of the tasks (default: mlp)")
+    parser.add_argument("--family", choices=[*tasks.FAMILIES, *KINDS], default="mlp", help="of the tasks (default: mlp)")
     parser.add_argument("--data", metavar="FILE", help="compare on your own data instead: an .npz file with x_train, y_train, x_test, y_test")
     parser.add_argument("--net", choices=("mlp", "conv"), default="mlp", help="what is trained on your data (default: mlp)")
     parser.add_argument("--tasks", type=int, help="tasks to compare on (default: 128 held-out ones; 8 starts on your data)")
@@ -212,7 +338,8 @@ def main():
         path = options.theta or newest_run()
         learned, theta = model.load(path)
         family = (tasks.dataset(model.read_npz(options.data), options.net) if options.data
-                  else tasks.FAMILIES[options.family]("held_out"))
+                  else tasks.FAMILIES[options.family]("held_out") if options.family in tasks.FAMILIES
+                  else KINDS[options.family]()._replace(name=options.family))
         target = options.picture or os.path.join(os.path.dirname(path), f"comparison-{family.name}.png")
         for file in (target, options.json):
             if file and not os.path.isdir(os.path.dirname(file) or "."):

@@ -412,7 +412,8 @@ def longer(seed, runs=3, looks=20, every=64, count=64):
     for run in range(runs):
         settings = meta_train.Settings(seed=seed + run, outer_steps=looks * every)
         key = jax.random.key(settings.seed)
-        state, outer_step = meta_train.compiled(*meta_train.make_outer(settings), key)
+        state, programs = meta_train.compiled(*meta_train.make_outer(settings), key)
+        outer_step = programs["mlp"].result()
         for look in range(1, looks + 1):
             for _ in range(every):
                 state, row = jax.block_until_ready(outer_step(state, key))  # two at once would wait for each other's sums

@@ -70,7 +70,7 @@ class Run(NamedTuple):
     opt_state: Any
     particles: dict      # of each family
     step: jax.Array
-    smoothed: jax.Array  # running mean of the outer loss
+    smoothed: dict       # running mean of each family's outer loss
 
 
 def outer_loss(loss, start, progress):
@@ -121,7 +121,10 @@ def sizes(settings):
 
 
 def make_outer(settings):
-    """-> (start(seed) -> Run, outer_step(run, key) -> (run, row of numbers)), the latter jitted."""
+    """-> (start(key) -> Run, {family: outer_step(run, key) -> (run, row of numbers)}), all jitted.
+
+    An outer step learns from one family; `train` takes them in turn.
+    """
     learned = model.LEARNED[settings.optimizer](**sizes(settings))
     clip = {} if settings.estimator in ("es", "pes") else {"clip": settings.clip}
     make = functools.partial(
@@ -135,52 +138,55 @@ def make_outer(settings):
         theta_key, particle_key = jax.random.split(key)
         theta = learned.init(theta_key)
         particles = {name: estimator.init(theta, particle_key) for name, estimator in each.items()}
-        return Run(theta, theta, adam.init(ravel_pytree(theta)[0]), particles, jnp.int32(0), jnp.float32(jnp.nan))
+        smoothed = dict.fromkeys(each, jnp.float32(jnp.nan))
+        return Run(theta, theta, adam.init(ravel_pytree(theta)[0]), particles, jnp.int32(0), smoothed)
 
-    def outer_step(run, key):
-        keys = {name: jax.random.fold_in(key, len(each) * run.step + i) for i, name in enumerate(each)}
-        found = {name: estimator.estimate(run.theta, run.particles[name], keys[name]) for name, estimator in each.items()}
-        gradients, particles, metrics = ({name: part[i] for name, part in found.items()} for i in range(3))
-        # one long vector is faster to compile than a dict of small arrays; each family counts the same
-        gradient = sum(ravel_pytree(g)[0] for g in gradients.values()) / len(each)
+    def outer_step(name, run, key):
+        key = jax.random.fold_in(key, run.step)
+        gradient, particles, metrics = each[name].estimate(run.theta, run.particles[name], key)
+        gradient, _ = ravel_pytree(gradient)  # one long vector is faster to compile than a dict of small arrays
         theta, unravel = ravel_pytree(run.theta)
         average, _ = ravel_pytree(run.average)
         clipped = jnp.clip(gradient, -0.1, 0.1)  # P2: without this no training occurs
         updates, opt_state = adam.update(clipped, run.opt_state)
-        losses = {f"loss_{name}": m["loss"] for name, m in metrics.items()}
-        total = lambda *x: sum(x) / len(x) if jnp.issubdtype(x[0].dtype, jnp.floating) else sum(x)  # counts are added up
-        metrics = jax.tree.map(total, *metrics.values())
-        loss = metrics["loss"]
-        smoothed = jnp.where(run.step == 0, loss, 0.97 * run.smoothed + 0.03 * loss)
-        row = metrics | (losses if len(each) > 1 else {}) | {"step": run.step + 1, "smoothed": smoothed, "gradient": jnp.linalg.norm(gradient)}
+        loss, before = metrics["loss"], run.smoothed[name]
+        smoothed = jnp.where(jnp.isnan(before), loss, 0.97 * before + 0.03 * loss)
+        row = metrics | {"step": run.step + 1, "smoothed": smoothed, "gradient": jnp.linalg.norm(gradient)}
         rate = 1 / (1 + run.step / settings.decay_steps)  # most is learned early; what comes later needs averaging
         theta = theta + rate * updates
         average = average + 2 / (run.step + 2) * (theta - average)  # weights 1, 2, 3, ...: the noise of single steps averages out
-        return Run(unravel(theta), unravel(average), opt_state, particles, run.step + 1, smoothed), row
+        return Run(unravel(theta), unravel(average), opt_state, run.particles | {name: particles}, run.step + 1,
+                   run.smoothed | {name: smoothed}), row
 
     rows = estimators.sharding(settings.num_pairs)
     everywhere = jax.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())
     particles = dict.fromkeys(each, estimators.Particles(rows, everywhere))  # the pairs are shared out, the rest is copied
     layout = Run(everywhere, everywhere, everywhere, particles, everywhere, everywhere)
     return (jax.jit(start, out_shardings=layout),
-            jax.jit(outer_step, in_shardings=(layout, everywhere), out_shardings=(layout, everywhere)))
+            {name: jax.jit(functools.partial(outer_step, name), in_shardings=(layout, everywhere), out_shardings=(layout, everywhere))
+             for name in each})
 
 
-def compiled(start, outer_step, key):
-    """A fresh Run and the compiled outer step. The two programs compile side by side: that is most of the start-up."""
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        step = pool.submit(lambda: outer_step.lower(jax.eval_shape(start, key), key).compile())
-        return start(key), step.result()
+def compiled(start, outer_steps, key):
+    """A fresh Run and each family's outer step, as a Future of the compiled program: most of the start-up is spent here.
+
+    Training begins when the first is there; the others compile meanwhile, a core or two for each.
+    """
+    like = jax.eval_shape(start, key)
+    pool = concurrent.futures.ThreadPoolExecutor(max(1, os.cpu_count() // 2))
+    programs = {name: pool.submit(lambda step: step.lower(like, key).compile(), step) for name, step in outer_steps.items()}
+    pool.shutdown(wait=False)
+    return start(key), programs
 
 
-def train(settings, folder, run, outer_step, launch):
+def train(settings, folder, run, programs, launch):
     """Outer steps until they or the minutes run out -> Run. Saves now and then, and at the end.
 
     Ctrl-C is heard after the step it falls in: an exception could come between a step and its row in the log, or get lost
     in one of JAX's callbacks.
     """
-    key = jax.random.key(settings.seed)
-    print(f"{'step':>6} {'loss':>7} {'smoothed':>8} {'gradient':>8} {'capped':>6} {'dropped':>7} {'s/step':>7} {'left':>6}")
+    key, names = jax.random.key(settings.seed), families(settings)
+    print(f"{'step':>6} {'family':11} {'loss':>7} {'smoothed':>8} {'gradient':>8} {'capped':>6} {'dropped':>7} {'s/step':>7} {'left':>6}")
     first, start = int(run.step), time.time()
     saved = start
     stop = threading.Event()
@@ -188,17 +194,20 @@ def train(settings, folder, run, outer_step, launch):
     with open(os.path.join(folder, "log.csv"), "a", newline="") as log:
         try:
             while run.step < settings.outer_steps and time.time() < launch + 60 * settings.minutes and not stop.is_set():
+                family = names[int(run.step) % len(names)]
+                outer_step = programs[family].result()
                 before = time.time()
                 run, row = outer_step(run, key)
                 row = jax.device_get(row) | {"seconds": time.time() - before}
-                row = {name: row[name] for name in ("step", "loss", "smoothed", "gradient")} | row  # these come first in the log
+                first_columns = {"step": row["step"], "family": family, "loss": row["loss"], "smoothed": row["smoothed"]}
+                row = first_columns | row
                 if not log.tell():
                     csv.writer(log).writerow(row)
-                csv.writer(log).writerow([f"{x:.6g}" for x in row.values()])
+                csv.writer(log).writerow([x if isinstance(x, str) else f"{x:.6g}" for x in row.values()])
                 if row["step"] == first + 1:
                     print(f"first outer step {time.time() - launch:.1f} s after launch")
                     start = time.time()
-                if row["step"] % 10 == 0 or row["capped"] or row["dropped"]:
+                if (row["step"] - 1) // len(names) % 10 == 9 or row["capped"] or row["dropped"]:
                     print_progress(row, settings, (time.time() - start) / max(row["step"] - first - 1, 1), launch)
                 if time.time() > saved + settings.save_seconds:
                     log.flush()
@@ -284,12 +293,14 @@ def restore(path, arrays, fresh):
 def draw_curves(folder):
     with open(os.path.join(folder, "log.csv")) as file:
         rows = list(csv.DictReader(file))
-    column = lambda name: [float(row[name]) for row in rows]
     figure, axes = evaluate.plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
-    axes[0].plot(column("step"), column("loss"), lw=0.5, alpha=0.5)
-    axes[0].plot(column("step"), column("smoothed"))
+    for i, family in enumerate(dict.fromkeys(row["family"] for row in rows)):
+        column = lambda name: [float(row[name]) for row in rows if row["family"] == family]
+        axes[0].plot(column("step"), column("loss"), color=f"C{i}", lw=0.5, alpha=0.3)
+        axes[0].plot(column("step"), column("smoothed"), color=f"C{i}", label=family)
+        axes[1].semilogy(column("step"), column("gradient"), color=f"C{i}", lw=0.7)
     axes[0].set(xlabel="outer step", ylabel="outer loss")
-    axes[1].semilogy(column("step"), column("gradient"), lw=0.7)
+    axes[0].legend()
     axes[1].set(xlabel="outer step", ylabel="norm of the meta-gradient")
     partial = os.path.join(folder, "curves.partial.png")
     figure.savefig(partial, dpi=90)
@@ -299,9 +310,8 @@ def draw_curves(folder):
 
 def print_progress(row, settings, pace, launch):
     left = min((settings.outer_steps - row["step"]) * pace, launch + 60 * settings.minutes - time.time())
-    each = "".join(f"  {name.removeprefix('loss_')} {x:.3f}" for name, x in row.items() if name.startswith("loss_"))
-    print(f"{row['step']:6} {row['loss']:7.3f} {row['smoothed']:8.4f} {row['gradient']:8.3f} {row['capped']:6} "
-          f"{row['dropped']:7} {row['seconds']:7.2f} {max(left, 0) / 60:5.1f}m{each}", flush=True)
+    print(f"{row['step']:6} {row['family']:11} {row['loss']:7.3f} {row['smoothed']:8.4f} {row['gradient']:8.3f} {row['capped']:6} "
+          f"{row['dropped']:7} {row['seconds']:7.2f} {max(left, 0) / 60:5.1f}m", flush=True)
 
 
 def keep_rows(path, steps):
@@ -398,13 +408,13 @@ def main():
         programs = make_outer(settings)
         if not arrays:
             os.makedirs(folder)
-        run, outer_step = compiled(*programs, jax.random.key(settings.seed))
+        run, programs = compiled(*programs, jax.random.key(settings.seed))
         if arrays:
             run = restore(folder, arrays, run)
             keep_rows(os.path.join(folder, "log.csv"), int(run.step))
         print(f"{folder}: {settings}\n{sum(x.size for x in run.theta.values())} meta-parameters, "
               f"pairs on {len(run.step.sharding.device_set)} devices")
-        run = train(settings, folder, run, outer_step, launch)
+        run = train(settings, folder, run, programs, launch)
         if settings.fit and "log_lr" in run.theta:
             run = run._replace(average=fit_step_size(settings, run.average))
             save_theta(settings, folder, run)  # the checkpoint keeps the average to go on from

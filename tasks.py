@@ -129,7 +129,8 @@ ACTIVATIONS = (jax.nn.relu, jnp.tanh, jax.nn.silu, lambda x: jax.nn.leaky_relu(x
 
 
 def activate(task, h):
-    return jax.lax.select_n(task.activation, *(f(h) for f in ACTIVATIONS))
+    """The task's activation of h. Where tasks run one by one (CPU), only that one is computed; under `vmap` all four are."""
+    return jax.lax.switch(task.activation, ACTIVATIONS, h)
 
 
 def log_uniform(u, low, high):
@@ -322,9 +323,18 @@ def conv(pool="meta_train", max_channels=8, max_batch=32, num_classes=10):
         masks = real_channels(task)
         above = lambda x: x[None, None, None]  # one for each image and position
         layer = lambda i, x: jnp.where(above(masks[i]), activate(task, x @ params[f"w{i}"] + above(params[f"b{i}"])), 0.0)
-        full = layer(0, patches(x.reshape(-1, 8, 8, 1), 1))
-        half = full[:, ::2, ::2]
-        deep = layer(1, jnp.where(task.strides == 1, patches(full, 2), patches(half, 1)))
+        x = x.reshape(-1, 8, 8, 1)
+
+        def wide(x):
+            full = layer(0, patches(x, 1))
+            return full[:, ::2, ::2], patches(full, 2)
+
+        def narrow(x):
+            half = layer(0, patches(x, 2))
+            return half, patches(half, 1)
+
+        half, around = jax.lax.cond(task.strides == 1, wide, narrow, x)
+        deep = layer(1, around)
         h = jnp.where(task.depth == 2, deep, half).reshape(len(x), 16, max_channels)
         read = positions(task)[None, :, None]
         mean = jnp.sum(jnp.where(read, h, 0.0), 1) / jnp.sum(read)
@@ -427,7 +437,7 @@ class RNNTask(NamedTuple):
     init_scale: jax.Array
 
 
-def rnn(pool="meta_train", max_width=20, max_embedding=16, max_length=16, max_batch=8):
+def rnn(pool="meta_train", max_width=16, max_embedding=12, max_length=16, max_batch=8):
     """Character-level language modelling of Python's documentation (TaskSet's char_rnn_lm).
 
     Every task draws its core (vanilla, GRU or LSTM), width, embedding, sequence length, batch size and scale of
@@ -466,18 +476,25 @@ def rnn(pool="meta_train", max_width=20, max_embedding=16, max_length=16, max_ba
         real = (jnp.arange(max_width) < task.width)[None]
         embed = jnp.where((jnp.arange(max_embedding) < task.embedding)[None], params["embed"], 0.0)
 
+        def vanilla(a, b, h, c):
+            return jnp.tanh(a[0] + b[0]), c
+
+        def gru(a, b, h, c):
+            z = jax.nn.sigmoid(a[2] + b[2])
+            return (1 - z) * jnp.tanh(a[0] + jax.nn.sigmoid(a[1] + b[1]) * b[0]) + z * h, c
+
+        def lstm(a, b, h, c):
+            i, f, o = (jax.nn.sigmoid(x + y + k) for x, y, k in zip(a[1:], b[1:], (1, 0, 0)))
+            c = i * c + f * jnp.tanh(a[0] + b[0])
+            return o * jnp.tanh(c), c
+
         def step(state, x):
             h, c = state
-            a, b = jnp.split(x, 4, 1), jnp.split(h @ params["h"], 4, 1)
-            sums = [i + j for i, j in zip(a, b)]
-            r, z = jax.nn.sigmoid(sums[1]), jax.nn.sigmoid(sums[2])
-            lstm_c = jax.nn.sigmoid(sums[1] + 1) * c + jax.nn.sigmoid(sums[2]) * jnp.tanh(sums[0])
-            new = jax.lax.select_n(task.core, jnp.tanh(sums[0]), (1 - z) * jnp.tanh(a[0] + r * b[0]) + z * h,
-                                   jax.nn.sigmoid(sums[3]) * jnp.tanh(lstm_c))
-            state = jnp.where(real, new, 0.0), jnp.where(real, lstm_c, 0.0)
+            h, c = jax.lax.switch(task.core, (vanilla, gru, lstm), jnp.split(x, 4, 1), jnp.split(h @ params["h"], 4, 1), h, c)
+            state = jnp.where(real, h, 0.0), jnp.where(real, c, 0.0)
             return state, state[0]
 
-        x = embed[characters[:, :-1]] @ params["x"] + params["b"][None, None]  # [B, length, 4 width]
+        x = jax.nn.one_hot(characters[:, :-1], n) @ (embed @ params["x"]) + params["b"][None, None]  # [B, length, 4 width]
         zeros = jnp.zeros((len(characters), max_width))
         _, h = jax.lax.scan(step, (zeros, zeros), jnp.swapaxes(x, 0, 1))
         logits = jnp.swapaxes(h, 0, 1) @ params["out"] + params["b_out"][None, None]

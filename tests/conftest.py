@@ -5,6 +5,7 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time; the programs' own processes optimise
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")  # a GPU rounds its factors to 11 bits otherwise
 
 
 @pytest.fixture(autouse=True)

@@ -172,3 +172,80 @@ def test_user_errors_end_in_one_sentence(theta, tmp_path, monkeypatch, capsys):
             evaluate.main()
         sentence = capsys.readouterr().err.strip().splitlines()[-1]
         assert stopped.value.code == 2 and sentence.startswith("evaluate.py: error: "), (arguments, sentence)
+
+
+def begin(kind):
+    """A task of that kind, its parameters (biases shaken), and a training batch."""
+    family = evaluate.KINDS[kind]()
+    task = family.sample(jax.random.key(1))
+    params = family.init(task, jax.random.key(2))
+    params = {k: p + 0.1 if k.endswith("/b") else p for k, p in params.items()}
+    return family, task, params, family.batch(task, jax.random.key(3), "train")
+
+
+def as_float64(tree):
+    return jax.tree.map(lambda x: np.float64(x) if x.dtype == jnp.float32 else np.array(x), tree)
+
+
+def test_the_mlp_beyond_its_training():
+    family, task, params, _ = begin("wide_and_deep")
+    assert task.depth == 4 and all((params[f"w{i}"] != 0).all() for i in range(5)) and params["w3"].shape == (128, 128)
+    family, task, _, (_, _, weight) = begin("one_example")
+    assert weight.sum() == 1
+    family, task, _, (x, y, weight) = begin("full_batch")
+    again = family.batch(task, jax.random.key(4), "train")
+    assert weight.sum() == len(x) == 256 and jnp.array_equal(x, again[0]) and jnp.array_equal(y, again[1])
+    assert not jnp.array_equal(*(family.batch(task, jax.random.key(i), "test")[0] for i in (3, 4)))
+
+
+def test_the_residual_net_against_xla_s_convolution():
+    family, task, params, batch = begin("residual")
+    p, (x, y, weight) = as_float64(params), as_float64(batch)
+
+    def conv(name, x, stride):
+        pad = ((1, 0), (1, 0)) if stride == 2 else ((1, 1), (1, 1))
+        return np.float64(jax.lax.conv_general_dilated(np.float32(x), np.float32(p[name]).reshape(3, 3, -1, 12), (stride, stride), pad,
+                                                       dimension_numbers=("NHWC", "HWIO", "NHWC"))) + p[name + "/b"]
+
+    h = conv("in", x.reshape(-1, 8, 8, 1), 2)
+    for i in range(2):
+        h = h + conv(f"block{i}/1", np.maximum(conv(f"block{i}/0", np.maximum(h, 0), 1), 0), 1)
+    logits = np.maximum(h, 0).mean((1, 2)) @ p["out"] + p["out/b"]
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(y)), y]
+    np.testing.assert_allclose(jax.jit(family.loss)(task, params, batch), np.average(losses, weights=weight), rtol=1e-4)
+
+
+def test_the_transformer_against_a_plain_computation():
+    family, task, params, batch = begin("transformer")
+    p, characters = as_float64(params), np.array(batch)
+    normal = lambda h: (h - h.mean()) / np.sqrt(h.var() + 1e-5)
+    losses = []
+    for line in characters:
+        h = [p["embed"][c] + p["place"][t] for t, c in enumerate(line[:-1])]
+        q, k, v = (np.stack([normal(x) @ p[name] for x in h]).reshape(16, 2, 12) for name in ("query", "key", "value"))
+        for t in range(16):
+            heads = []
+            for i in range(2):
+                score = np.exp(k[:t + 1, i] @ q[t, i] / np.sqrt(12))
+                heads.append(score / score.sum() @ v[:t + 1, i])
+            x = h[t] + np.concatenate(heads) @ p["mix"]
+            x = x + np.maximum(normal(x) @ p["up"], 0) @ p["down"]
+            logits = normal(x) @ p["out"]
+            losses.append(np.log(np.exp(logits).sum()) - logits[line[t + 1]])
+    np.testing.assert_allclose(jax.jit(family.loss)(task, params, batch), np.mean(losses), rtol=1e-4)
+
+
+def test_a_learned_optimizers_own_training_against_a_loop():
+    family, task, theta, keys = begin("own_training")
+    functions, optimizer, losses = tasks.function("held_out"), model.per_parameter_mlp(hidden=8).optimizer(theta), []
+    value = jax.jit(lambda task, inner: functions.loss(task, inner.params, functions.batch(task, jax.random.key(0), "test")))
+    step = jax.jit(lambda task, inner, key: tasks.inner_step(functions, optimizer, task, inner, key))
+    for key in keys:
+        task_key, init_key, key = jax.random.split(key, 3)
+        inner_task = functions.sample(task_key)
+        inner = tasks.init_inner(functions, optimizer, inner_task, init_key)
+        start = value(inner_task, inner)
+        for k in jax.random.split(key, 20):
+            inner = step(inner_task, inner, k)
+            losses.append(np.sqrt(min(value(inner_task, inner) / start, 10) + 1e-6))
+    np.testing.assert_allclose(jax.jit(family.loss)(task, theta, keys), np.mean(losses), rtol=1e-3)

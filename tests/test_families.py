@@ -175,7 +175,7 @@ def plain_rnn(task, p, batch):
     characters, weight = batch
     w, losses = int(task.width), 0.0
     h, c = np.zeros((2, len(characters), w))
-    gate = lambda i, m: m[..., 20 * i:20 * i + w]
+    gate = lambda i, m: m[..., 16 * i:16 * i + w]
     for t in range(int(task.length)):
         x = p["embed"][characters[:, t]]
         a, b = ([gate(i, v) for i in range(4)] for v in (x @ p["x"] + p["b"], h @ p["h"][:w]))

@@ -1,5 +1,6 @@
 """The program as its users meet it: runs, resumes after kill -9, refuses what it can't do."""
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -170,29 +171,32 @@ def bowl(size):
                             loss=lambda task, params, batch: jnp.sum(task * params["x"] ** 2))
 
 
-def test_every_family_counts_the_same(monkeypatch):
-    def step(names):
-        begin, outer_step = meta_train.make_outer(meta_train.Settings(
-            tasks=names, optimizer="per_parameter_mlp", horizon=20, truncation=20, clip=0.01))
-        run, row = outer_step(begin(jax.random.key(0)), jax.random.key(1))
-        return np.array(run.opt_state[0]) / 0.1, row  # Adam's momentum after one step: the gradient
-
-    families = meta_train.tasks.FAMILIES
+def test_families_take_turns(monkeypatch, tmp_path, capsys):
+    families, key = meta_train.tasks.FAMILIES, jax.random.key(0)
     monkeypatch.setitem(families, "mlp", lambda: bowl(2))
-    alone, first = step("mlp")
     monkeypatch.setitem(families, "function", lambda: bowl(2)._replace(loss=lambda task, params, batch: jnp.float32(2)))
-    both, row = step("mlp,function")  # the second family's loss never changes
-    np.testing.assert_allclose(row["loss"], (row["loss_mlp"] + row["loss_function"]) / 2, rtol=1e-6)
-    np.testing.assert_allclose(row["loss_mlp"], first["loss"], rtol=1e-6)
-    np.testing.assert_allclose(both, alone / 2, rtol=1e-3, atol=1e-7)
+    settings = meta_train.Settings(tasks="mlp,function", optimizer="per_parameter_mlp", horizon=20, truncation=20, outer_steps=5)
+    begin, outer_steps = meta_train.make_outer(settings)
+    alone = meta_train.make_outer(dataclasses.replace(settings, tasks="mlp"))
+    one, _ = outer_steps["mlp"](begin(key), key)
+    same, _ = alone[1]["mlp"](alone[0](key), key)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, one.theta, same.theta)) and jnp.isnan(one.smoothed["function"])
+    two, row = outer_steps["function"](one, key)
+    np.testing.assert_allclose(row["loss"], 10 * np.mean(np.linspace(0.05, 1, 20) ** 4), rtol=1e-4)  # it never falls
+    assert row["gradient"] == 0 and row["step"] == 2 and two.smoothed["mlp"] == one.smoothed["mlp"]
+    run, programs = meta_train.compiled(begin, outer_steps, key)
+    run = meta_train.train(settings, str(tmp_path), run, programs, time.time())
+    with open(tmp_path / "log.csv") as file:
+        assert [row["family"] for row in csv.DictReader(file)] == ["mlp", "function", "mlp", "function", "mlp"]
+    assert run.step == 5 and "first outer step" in capsys.readouterr().out
 
 
 def test_the_average_weighs_later_thetas_more(monkeypatch):
     monkeypatch.setitem(meta_train.tasks.FAMILIES, "mlp", lambda: bowl(2))
-    begin, outer_step = meta_train.make_outer(meta_train.Settings(optimizer="per_parameter_mlp", horizon=20, truncation=20))
+    begin, outer_steps = meta_train.make_outer(meta_train.Settings(optimizer="per_parameter_mlp", horizon=20, truncation=20))
     run, seen = begin(jax.random.key(0)), []
     for _ in range(4):
-        run, _ = outer_step(run, jax.random.key(1))
+        run, _ = outer_steps["mlp"](run, jax.random.key(1))
         seen.append(run.theta)
     for k, x in run.average.items():
         np.testing.assert_allclose(x, np.average([theta[k] for theta in seen], axis=0, weights=[1, 2, 3, 4]), atol=1e-6)
@@ -204,8 +208,8 @@ def test_an_outer_step_moves_theta_by_adam_on_the_clipped_gradient(estimator, mo
     monkeypatch.setitem(meta_train.tasks.FAMILIES, "mlp", lambda: bowl(3))
     settings = meta_train.Settings(**meta_train.RECIPES[estimator] | dict(
         optimizer="per_parameter_mlp", estimator=estimator, horizon=20, truncation=10, num_pairs=2))
-    begin, outer_step = meta_train.make_outer(settings)
-    first = begin(jax.random.key(0))
+    begin, outer_steps = meta_train.make_outer(settings)
+    outer_step, first = outer_steps["mlp"], begin(jax.random.key(0))
     second, row = outer_step(first, jax.random.key(1))
     assert row["step"] == second.step == 1 and np.isfinite(row["loss"]) and row["gradient"] > 0
     rate = settings.learning_rate / 10  # the first of ten warm-up steps; Adam's first step is rate * sign
