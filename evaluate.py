@@ -164,7 +164,8 @@ def picture(path, curves):
             axis.plot(steps, test[setting], label=name, color={"learned": "C3"}.get(name), lw=2 if name == "learned" else 1.2)
         axis.set(title=f"task {i}", xlabel="step", ylabel="test loss" if i == 0 else None)
     axes[0].legend()
-    ratio = lambda value: np.log2(best(curves["learned"][..., 1], value) / best(curves["Adam"][..., 1], value))
+    log2 = lambda name, value: np.log2(np.maximum(best(curves[name][..., 1], value), 1e-30))  # some functions are solved exactly
+    ratio = lambda value: log2("learned", value) - log2("Adam", value)
     for value, label in ((mean_loss, "mean test loss"), (final_loss, "final test loss")):
         axes[4].hist(np.clip(ratio(value), -1, 1), bins=np.linspace(-1, 1, 41), alpha=0.6, label=label)
     axes[4].axvline(0, color="black", lw=1)
