@@ -1,9 +1,12 @@
 """Strict mode: no silent broadcasting between ranks, and no random key used twice."""
+import os
+
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of the time, here and in the processes that tests start
+
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time; the programs' own processes optimise
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")  # a GPU rounds its factors to 11 bits otherwise
 

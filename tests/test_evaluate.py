@@ -92,7 +92,7 @@ def theta(tmp_path_factory):
 
 
 def test_the_command_writes_table_and_picture(theta, tmp_path):
-    done = command(theta, "--tasks", 4, "--horizon", 20, "--json", tmp_path / "table.json",
+    done = command(theta, "--family", "function", "--tasks", 4, "--horizon", 20, "--json", tmp_path / "table.json",
                    "--picture", tmp_path / "picture.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "table.json").read_text())
