@@ -332,7 +332,7 @@ def cost(seed, pairs=2):
                      "ratio": np.median(times[:, 1] / times[:, 0]), "forward_megabytes": memory[0], "backprop_megabytes": memory[1]})
     column = lambda name: [row[name] for row in rows]
     axes[0].plot(column("K"), column("ratio"), "o-")
-    axes[0].set(xlabel="unrolled steps K", ylabel="backprop / forward, seconds", ylim=(0, None))
+    axes[0].set(xlabel="unrolled steps K", ylabel="backprop / forward, seconds", ylim=(0, 1.1 * max(column("ratio"))))
     for name in ("forward", "backprop"):
         axes[1].plot(column("K"), column(name + "_megabytes"), "o-", label=name)
     axes[1].set(xlabel="unrolled steps K", ylabel="megabytes of scratch memory", ylim=(0, None))
