@@ -185,29 +185,27 @@ def wide_and_deep():
     return family._replace(sample=lambda key: family.sample(key)._replace(**largest))
 
 
-def one_example():
-    """The mlp family with batches of a single training example."""
-    family = tasks.mlp("held_out")
+def mlp_with_batches(size, max_batch):
+    """The mlp family with training batches of that one size."""
+    family = tasks.mlp("held_out", max_batch=max_batch)
 
     def sample(key):
         task = family.sample(key)
-        return task._replace(letters=task.letters._replace(batch_size=jnp.int32(1)))
+        return task._replace(letters=task.letters._replace(batch_size=jnp.int32(size)))
 
     return family._replace(sample=sample)
 
 
+def one_example():
+    """The mlp family with batches of a single training example."""
+    return mlp_with_batches(1, max_batch=64)
+
+
 def full_batch():
     """The mlp family with 256 training examples, all of them in every batch."""
-    family = tasks.mlp("held_out", max_batch=256)
-
-    def sample(key):
-        task = family.sample(key)
-        return task._replace(letters=task.letters._replace(batch_size=jnp.int32(256)))
-
-    def batch(task, key, split):
-        return family.batch(task, jax.random.key(0) if split == "train" else key, split)
-
-    return family._replace(sample=sample, batch=batch)
+    family = mlp_with_batches(256, max_batch=256)
+    same = lambda key, split: jax.random.key(0) if split == "train" else key
+    return family._replace(batch=lambda task, key, split: family.batch(task, same(key, split), split))
 
 
 def plain_weights(key, shapes):
@@ -269,7 +267,7 @@ def transformer(width=24, heads=2, length=16, size=8):
 
 
 def own_training(steps=20, count=8):
-    """A learned optimizer's own meta-training (P2 section 5.5): the parameters are a small per-parameter MLP's theta, the loss
+    """A learned optimizer's own meta-training (after P2 figure 8): the parameters are a small per-parameter MLP's theta, the loss
     is its mean root relative loss over a short training of fresh functions."""
     learned, family = model.per_parameter_mlp(hidden=8), tasks.function("held_out")
 

@@ -199,8 +199,7 @@ def train(settings, folder, run, programs, launch):
                 before = time.time()
                 run, row = outer_step(run, key)
                 row = jax.device_get(row) | {"seconds": time.time() - before}
-                first_columns = {"step": row["step"], "family": family, "loss": row["loss"], "smoothed": row["smoothed"]}
-                row = first_columns | row
+                row = {"step": row["step"], "family": family, "loss": row["loss"], "smoothed": row["smoothed"]} | row
                 if not log.tell():
                     csv.writer(log).writerow(row)
                 csv.writer(log).writerow([x if isinstance(x, str) else f"{x:.6g}" for x in row.values()])
@@ -405,10 +404,10 @@ def main():
     launch = time.time()
     settings, folder, arrays, parser = parse()
     try:
-        programs = make_outer(settings)
+        begin, outer_steps = make_outer(settings)
         if not arrays:
             os.makedirs(folder)
-        run, programs = compiled(*programs, jax.random.key(settings.seed))
+        run, programs = compiled(begin, outer_steps, jax.random.key(settings.seed))
         if arrays:
             run = restore(folder, arrays, run)
             keep_rows(os.path.join(folder, "log.csv"), int(run.step))
