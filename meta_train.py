@@ -317,7 +317,9 @@ def keep_rows(path, steps):
     """Drops what the log says of outer steps that were lost with the process that made them."""
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
-        rows = [row for row in reader if int(row["step"]) <= steps]
+        if "family" not in (reader.fieldnames or ["family"]):
+            raise ValueError(f"{path} was written by another version of this program; its run can be evaluated but not resumed.")
+        rows = [row for row in reader if row["family"] and int(row["step"]) <= steps]  # the last row may be a part of one
     with open(path + ".partial", "w", newline="") as file:
         if rows:
             writer = csv.DictWriter(file, reader.fieldnames)

@@ -1,7 +1,9 @@
 """Strict mode: no silent broadcasting between ranks, and no random key used twice."""
 import os
 
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of the time, here and in the processes that tests start
+# Compiling is most of the time, here and in the processes that tests start.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest

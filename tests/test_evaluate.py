@@ -91,8 +91,9 @@ def theta(tmp_path_factory):
     return path
 
 
-def test_the_command_writes_table_and_picture(theta, tmp_path):
-    done = command(theta, "--family", "function", "--tasks", 4, "--horizon", 20, "--json", tmp_path / "table.json",
+@pytest.mark.parametrize("family", ["function", "transformer"])
+def test_the_command_writes_table_and_picture(family, theta, tmp_path):
+    done = command(theta, "--family", family, "--tasks", 4, "--horizon", 20, "--json", tmp_path / "table.json",
                    "--picture", tmp_path / "picture.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "table.json").read_text())

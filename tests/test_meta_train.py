@@ -191,6 +191,19 @@ def test_families_take_turns(monkeypatch, tmp_path, capsys):
     assert run.step == 5 and "first outer step" in capsys.readouterr().out
 
 
+def test_a_log_keeps_the_rows_of_saved_steps_alone(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("step,family,loss\n1,mlp,3.5\n2,conv,3.25\n10,mlp,3\n1")  # cut off within the 11 of step 11
+    meta_train.keep_rows(str(path), 10)
+    assert path.read_text().split() == ["step,family,loss", "1,mlp,3.5", "2,conv,3.25", "10,mlp,3"]
+    meta_train.keep_rows(str(path), 2)
+    assert path.read_text().split() == ["step,family,loss", "1,mlp,3.5", "2,conv,3.25"]
+    path.write_text("step,loss\n1,3.5\n")
+    with pytest.raises(ValueError, match="another version"):
+        meta_train.keep_rows(str(path), 1)
+    assert path.read_text() == "step,loss\n1,3.5\n"
+
+
 def test_the_average_weighs_later_thetas_more(monkeypatch):
     monkeypatch.setitem(meta_train.tasks.FAMILIES, "mlp", lambda: bowl(2))
     begin, outer_steps = meta_train.make_outer(meta_train.Settings(optimizer="per_parameter_mlp", horizon=20, truncation=20))
