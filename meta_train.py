@@ -162,7 +162,7 @@ def make_outer(settings):
     everywhere = jax.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())
     particles = dict.fromkeys(each, estimators.Particles(rows, everywhere))  # the pairs are shared out, the rest is copied
     layout = Run(everywhere, everywhere, everywhere, particles, everywhere, everywhere)
-    return (jax.jit(start, out_shardings=layout),
+    return (jax.jit(start, out_shardings=layout, compiler_options={"xla_backend_optimization_level": 0}),  # it runs once
             {name: jax.jit(functools.partial(outer_step, name), in_shardings=(layout, everywhere), out_shardings=(layout, everywhere))
              for name in each})
 
