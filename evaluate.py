@@ -8,6 +8,7 @@ import argparse
 import concurrent.futures
 import functools
 import glob
+import hashlib
 import json
 import os
 import time
@@ -70,13 +71,31 @@ def learning_curves(family, make_optimizer, hyper, keys, horizon):
     return curves.reshape(len(keys), settings, *curves.shape[1:])
 
 
+def kept_curves(family, make_optimizer, hyper, keys, horizon):
+    """`learning_curves`, kept on disk for when the same program meets the same numbers again: tuning is most of a comparison."""
+    lowered = learning_curves.lower(family, make_optimizer, hyper, keys, horizon)
+    content = hashlib.sha256(lowered.as_text().encode())
+    for x in jax.tree.leaves((hyper, jax.random.key_data(keys))):
+        content.update(np.asarray(x).tobytes())
+    path = os.path.join(matplotlib.get_cachedir(), f"learned_optimizer_curves_{content.hexdigest()[:20]}.npz")
+    try:
+        return model.read_npz(path)["curves"]
+    except (ValueError, KeyError):  # none yet, or damaged
+        curves = np.asarray(lowered.compile()(hyper, keys))
+    try:
+        model.write_npz(path, {"curves": curves})
+    except OSError:
+        pass  # a read-only home costs the time again, nothing else
+    return curves
+
+
 def compare(family, learned, theta, num_tasks, horizon, seed=0):
     """Learning curves of all optimizers on the same tasks -> {name: [tasks, settings, points, 2]}; "learned" has one setting."""
     keys = jax.random.split(jax.random.key(seed), num_tasks)
-    runs = {name: (functools.partial(make, horizon=horizon), jnp.float32(RATES)) for name, make in BASELINES.items()}
-    runs["learned"] = learned.optimizer, jax.tree.map(lambda x: jnp.asarray(x)[None], theta)
+    runs = {name: (kept_curves, functools.partial(make, horizon=horizon), jnp.float32(RATES)) for name, make in BASELINES.items()}
+    runs["learned"] = learning_curves, learned.optimizer, jax.tree.map(lambda x: jnp.asarray(x)[None], theta)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # one compiles while the other runs
-        curves = pool.map(lambda run: np.asarray(learning_curves(family, *run, keys, horizon)), runs.values())
+        curves = pool.map(lambda run: np.asarray(run[0](family, *run[1:], keys, horizon)), runs.values())
         return dict(zip(runs, curves))
 
 

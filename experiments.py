@@ -440,12 +440,12 @@ EXPERIMENTS = {"gallery": gallery, "landscape": landscape, "truncation-bias": tr
                "cost": cost, "race": race, "longer": longer}
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
     parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--out", default="figures", help="folder for the picture and the table")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     path = os.path.join(options.out, options.name)
     start = time.time()
     try:

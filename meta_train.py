@@ -34,6 +34,7 @@ def flag(default, why):
 class Settings:
     """Every field is a flag. The defaults are those of the README's figures; RECIPES holds what the others need."""
     tasks: str = flag("mlp", "what it learns from: families of tasks, joined by commas, or all")
+    num_tasks: int = flag(0, "tasks of each family, each measured against its own tuned Adam (0: ever new ones, against their start)")
     optimizer: str = flag("hierarchical", "what to meta-train: hierarchical (P2) or per_parameter_mlp (P1)")
     output: str = flag("anchored", "form of the optimizer's step: anchored (on Adam's) or papers")
     estimator: str = flag("truncated_backprop", "of the meta-gradient: truncated_backprop, es, merged, pes or combined")
@@ -73,39 +74,56 @@ class Run(NamedTuple):
     smoothed: dict       # running mean of each family's outer loss
 
 
-def outer_loss(loss, start, progress):
+def outer_loss(loss, start, progress, baseline=None):
     """10 (t/T)^4 sqrt(l / l_0): what a loss l counts after inner step t of T (progress = t/T) in a task that began at l_0.
 
-    Dividing by l_0 makes tasks comparable (P2 section 3.2 normalises for the same end). The rest is this project's: the
-    root lets neither the tasks that can be solved dominate, as the logarithm would, nor those that can't, as l / l_0
-    would; and where training ends matters more than how it begins. The 1e-6 keeps the root differentiable at l = 0.
+    Dividing by l_0 makes tasks comparable. The rest is this project's: the root lets neither the tasks that can be solved
+    dominate, as the logarithm would, nor those that can't, as l / l_0 would; and where training ends matters more than how
+    it begins. The 1e-6 keeps the root differentiable at l = 0. With the root b that a task's best baseline reaches, the
+    root r becomes (r - b) / (1 - b), as P2 (section 3.2) normalises: 1 is the start, 0 as good as the baseline.
     """
-    return 10 * progress ** 4 * jnp.sqrt(loss / start + 1e-6)
+    root = jnp.sqrt(loss / start + 1e-6)
+    if baseline is not None:
+        root = (root - baseline) / (1 - baseline)
+    return 10 * progress ** 4 * root
 
 
 CAP = 10 * 10 ** 0.5  # the outer loss of ten times the start, at the end; P1 caps the loss itself at 10
 
 
-def inner_problem(family, learned, target, horizon, adjoint=jnp.inf):
+class Pool(NamedTuple):
+    """M tasks of a family, and what Adam, tuned for each, reaches there."""
+    keys: jax.Array       # [M], for the family's `sample`
+    baselines: jax.Array  # [M], for `outer_loss`; at most 0.9, since P2 caps what such a division gives, too
+
+
+def inner_problem(family, learned, target, horizon, adjoint=jnp.inf, pool=None):
     """Training one task of `family` with the learned optimizer, as something an estimator can unroll.
 
-    The loss after an inner step is `outer_loss` of one outer_valid (or train) batch.
+    The loss after an inner step is `outer_loss` of one outer_valid (or train) batch. Each episode has a new task or, with a
+    Pool, one of that.
     """
     split = SPLITS[target]
 
+    def draw(key):
+        if pool is None:
+            return family.sample(key), None
+        i = jax.random.randint(key, (), 0, len(pool.keys))
+        return family.sample(pool.keys[i]), pool.baselines[i]
+
     def reset(theta, key):
         task_key, init_key, batch_key = jax.random.split(key, 3)
-        task = family.sample(task_key)
+        task, baseline = draw(task_key)
         inner = tasks.init_inner(family, learned.optimizer(theta), task, init_key)
-        return task, inner, family.loss(task, inner.params, family.batch(task, batch_key, split))
+        return task, inner, family.loss(task, inner.params, family.batch(task, batch_key, split)), baseline
 
     def step(theta, state, key):
-        task, inner, start = state
+        task, inner, start, baseline = state
         step_key, batch_key = jax.random.split(key)
         inner = inner._replace(params=estimators.bounded_adjoint(inner.params, adjoint))
         inner = tasks.inner_step(family, learned.optimizer(theta), task, inner, step_key)
         loss = family.loss(task, inner.params, family.batch(task, batch_key, split))
-        return (task, inner, start), outer_loss(loss, start, inner.step / horizon)
+        return (task, inner, start, baseline), outer_loss(loss, start, inner.step / horizon, baseline)
 
     return estimators.InnerProblem(reset, step)
 
@@ -120,6 +138,31 @@ def sizes(settings):
     return {"anchored": settings.output == "anchored"}
 
 
+def watched(family, target):
+    """The family with the batches of the outer loss where `evaluate.learning_curves` asks for the test split's."""
+    return family._replace(batch=lambda task, key, split: family.batch(task, key, SPLITS[target] if split == "test" else split))
+
+
+def outer_losses(curves):
+    """Mean capped `outer_loss` over the episodes that `evaluate.learning_curves` ran on `watched` tasks: [n, h, points, 2] -> [n, h]."""
+    losses = np.asarray(curves)[..., 1]
+    progress = np.linspace(0, 1, losses.shape[-1])[None, None, 1:]
+    values = np.array(outer_loss(losses[..., 1:], losses[..., :1], progress))
+    return np.where(np.isfinite(values), np.minimum(values, CAP), CAP).mean(2)
+
+
+def make_pool(settings, family):
+    """The Pool of `settings.num_tasks` tasks, the same for all seeds; or None. Adam's runs are kept on disk."""
+    if not settings.num_tasks:
+        return None
+    print(f"Adam is tuned on {settings.num_tasks} tasks of {family.name}, unless that was done before", flush=True)
+    keys = jax.random.split(jax.random.key(2 ** 31), settings.num_tasks)
+    losses = outer_losses(evaluate.kept_curves(watched(family, settings.target), model.adam, jnp.float32(evaluate.RATES), keys, settings.horizon))
+    worst = outer_losses(np.ones((1, 1, settings.horizon // evaluate.EVERY + 1, 2)))  # what a task counts that stays where it began
+    sampled = jax.vmap(lambda key: jax.random.split(key, 4)[0])(keys)  # as `evaluate.learning_curve` does
+    return Pool(sampled, jnp.minimum(jnp.float32(losses.min(1) / worst[0, 0]), 0.9))
+
+
 def make_outer(settings):
     """-> (start(key) -> Run, {family: outer_step(run, key) -> (run, row of numbers)}), all jitted.
 
@@ -130,8 +173,11 @@ def make_outer(settings):
     make = functools.partial(
         getattr(estimators, settings.estimator), num_pairs=settings.num_pairs, truncation=settings.truncation,
         horizon=settings.horizon, sigma=settings.sigma, cap=CAP, **clip)
-    each = {name: make(inner_problem(tasks.FAMILIES[name](), learned, settings.target, settings.horizon, settings.adjoint))
-            for name in families(settings)}
+    each = {}
+    for name in families(settings):
+        family = tasks.FAMILIES[name]()
+        pool = make_pool(settings, family)
+        each[name] = make(inner_problem(family, learned, settings.target, settings.horizon, settings.adjoint, pool))
     adam = model.nadamw(settings.learning_rate, nesterov=False, warmup=10)
 
     def start(key):
@@ -227,20 +273,13 @@ def fit_step_size(settings, theta):
     Along the step size, backprop's slope was seen to disagree with finite differences. One number needs no gradient: five
     multiples are tried, and the parabolas through their outer losses tell the rest. A theta without log_lr can't be fitted.
     """
-    split = SPLITS[settings.target]
     learned = model.LEARNED[settings.optimizer](**sizes(settings))
     variants = jax.tree.map(lambda x: jnp.stack([x] * len(MULTIPLES)), theta)
     variants["log_lr"] += jnp.log(jnp.float32(MULTIPLES))
-    keys = jax.random.split(jax.random.key(settings.seed), settings.fit)
-
-    def outer_losses(family):
-        watched = family._replace(batch=lambda task, key, s: family.batch(task, key, split if s == "test" else s))
-        losses = evaluate.learning_curves(watched, learned.optimizer, variants, keys, settings.horizon)[..., 1]
-        progress = np.linspace(0, 1, losses.shape[-1])[None, None, 1:]
-        values = np.array(outer_loss(losses[..., 1:], losses[..., :1], progress))  # [tasks, multiples, points]
-        return np.where(np.isfinite(values), np.minimum(values, CAP), CAP).mean(2)
-
-    values = np.concatenate([outer_losses(tasks.FAMILIES[name]()) for name in families(settings)])
+    keys = jax.random.split(jax.random.key(2 ** 31 + settings.seed), settings.fit)  # not those of `evaluate.compare`
+    curves = lambda name: evaluate.learning_curves(
+        watched(tasks.FAMILIES[name](), settings.target), learned.optimizer, variants, keys, settings.horizon)
+    values = np.concatenate([outer_losses(curves(name)) for name in families(settings)])
     multiple = cautious_minimum(MULTIPLES, values)
     print("outer loss at " + ", ".join(f"{m:.2f} x: {v:.4f}" for m, v in zip(MULTIPLES, values.mean(0)))
           + f"; step size multiplied by {multiple:.2f}")
@@ -391,8 +430,9 @@ def check(settings):
                  "decay_steps"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}.")
-    if settings.fit < 0:
-        raise ValueError(f"--fit must not be negative, it is {settings.fit}.")
+    for name in ("num_tasks", "fit"):
+        if getattr(settings, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be negative, it is {getattr(settings, name)}.")
     if settings.compare < 4:
         raise ValueError(f"--compare must be at least 4, not {settings.compare}.")
     if settings.horizon % settings.truncation or settings.horizon % evaluate.EVERY:

@@ -507,7 +507,7 @@ class FunctionTask(NamedTuple):
     kind: jax.Array      # index into FUNCTIONS
     size: jax.Array      # dimensions
     spectrum: jax.Array  # [max_size] curvatures of the quadratic and the norm; falling, the first is 1
-    mirror: jax.Array    # [max_size] of norm 1: the axes are reflected along it (zeros: they are not)
+    axes: jax.Array      # [max_size, max_size] orthogonal, a row for each curvature's direction; often the identity
     power: jax.Array     # of the norm
     start: jax.Array     # distance of a coordinate from the minimum, about
     scale: jax.Array     # the loss is multiplied by it
@@ -555,17 +555,18 @@ def function(pool="meta_train", max_size=64):
     """
     def sample(key):
         key = jax.random.fold_in(key, pool == "held_out")
-        mirror_key, key = jax.random.split(key)
+        axes_key, key = jax.random.split(key)
         u = jax.random.uniform(key, (11,))
         size = jnp.round(log_uniform(u[0], 2, max_size)).astype(int)
         real = jnp.arange(max_size) < size
         kind = (2 * len(FUNCTIONS) * u[1]).astype(int)  # half of them are quadratics and norms
-        mirror = jnp.where(real & (u[2] < 0.5) & (kind >= len(FUNCTIONS)), jax.random.normal(mirror_key, (max_size,)), 0.0)
+        turned = real[:, None] & real[None] & (u[2] < 0.5) & (kind >= len(FUNCTIONS))
+        axes, _ = jnp.linalg.qr(jnp.where(turned, jax.random.normal(axes_key, (max_size, max_size)), jnp.eye(max_size)))
         falling = jnp.minimum(jnp.arange(max_size) / jnp.maximum(size - 1, 1), 1)
         return FunctionTask(
             kind=jnp.minimum(kind, len(FUNCTIONS) + (u[3] < 0.5)), size=size,
             spectrum=jnp.where(real, log_uniform(u[4], 1.0, 1e4) ** -falling, 0.0),
-            mirror=mirror / jnp.sqrt(jnp.sum(mirror ** 2) + 1e-12), power=1 + 2 * u[5], start=log_uniform(u[6], 0.3, 3.0),
+            axes=axes, power=1 + 2 * u[5], start=log_uniform(u[6], 0.3, 3.0),
             scale=log_uniform(u[7], 1e-3, 1e3), log=u[8] < 0.2, noise=jnp.where(u[9] < 0.5, 0.0, log_uniform(2 * u[9] - 1, 1e-3, 1.0)),
             sparsity=jnp.maximum(0, 1.8 * u[10] - 0.9))
 
@@ -584,7 +585,7 @@ def function(pool="meta_train", max_size=64):
         real = jnp.arange(max_size) < task.size
         x = jnp.where(real, params["x"], 0.0)
         x = jnp.where(mask > 0, x, jax.lax.stop_gradient(x))
-        turned = x - 2 * task.mirror * jnp.vecdot(task.mirror, x)
+        turned = task.axes @ x
         norm = jnp.sum(task.spectrum * (turned ** 2 + 1e-12) ** (task.power / 2))
         values = (*(f(x, real) for f in FUNCTIONS), 0.5 * jnp.sum(task.spectrum * turned ** 2), norm)
         value = jnp.maximum(jax.lax.select_n(task.kind, *values), 0)  # rounding can miss a minimum by 1e-6
@@ -681,3 +682,10 @@ def check_dataset(arrays, net):
 
 
 FAMILIES = {"mlp": mlp, "conv": conv, "autoencoder": autoencoder, "rnn": rnn, "function": function}
+
+
+if __name__ == "__main__":  # a table and a picture of the families, drawn by modules that this one must not know
+    import evaluate
+    import experiments
+    evaluate.configure_jax()
+    experiments.main(["gallery"])

@@ -52,6 +52,25 @@ def test_tasks_shared_out_among_devices_match_one_at_a_time():
     np.testing.assert_allclose(curves[4, 1], alone, rtol=1e-3)
 
 
+def test_curves_are_kept_by_content(tmp_path, monkeypatch):
+    """The same program on the same numbers is read back; other rates, tasks or steps are not; a damaged copy is made again."""
+    monkeypatch.setattr(evaluate.matplotlib, "get_cachedir", lambda: str(tmp_path))
+    rates, keys = jnp.float32([0.01, 0.1]), jax.random.split(jax.random.key(0), 2)
+    family = tasks.function()
+    curves = evaluate.kept_curves(family, model.adam, rates, keys, 20)
+    np.testing.assert_array_equal(curves, evaluate.learning_curves(family, model.adam, rates, keys, 20))
+    (path,) = tmp_path.iterdir()
+    model.write_npz(path, {"curves": curves + 1})
+    np.testing.assert_array_equal(evaluate.kept_curves(tasks.function(), model.adam, rates, keys, 20), curves + 1)
+    path.write_bytes(path.read_bytes()[:100])
+    np.testing.assert_array_equal(evaluate.kept_curves(family, model.adam, rates, keys, 20), curves)
+    for others in ((model.adam, 2 * rates, keys, 20), (model.adam, rates, keys[::-1], 20), (model.rmsprop, rates, keys, 20),
+                   (model.adam, rates, keys, 40)):
+        found = evaluate.kept_curves(family, *others)
+        assert found.shape != curves.shape or (found != curves).any()
+    assert len(list(tmp_path.iterdir())) == 5
+
+
 def test_best_is_per_task_and_ignores_broken_runs():
     curves = np.float64([[[9, 3, 1], [9, 2, 2], [9, 0, np.nan]], [[9, 5, 4], [9, np.inf, 0], [9, 8, 8]]])  # [2, 3, 3]
     np.testing.assert_array_equal(evaluate.best(curves, evaluate.final_loss), [1, 4])

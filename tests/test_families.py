@@ -200,8 +200,9 @@ def plain_mlp(task, p, batch):
 
 def plain_function(task, p, batch):
     n = int(task.size)
-    x, v, s = p["x"][:n], task.mirror[:n], task.spectrum[:n]
-    turned = x - 2 * v * (v @ x)
+    x, axes, s = p["x"][:n], task.axes[:n, :n], task.spectrum[:n]
+    np.testing.assert_allclose(axes @ axes.T, np.eye(n), atol=1e-5)
+    turned = axes @ x
     value = (lambda: sum(100 * (x[i + 1] + 1 - (x[i] + 1) ** 2) ** 2 + x[i] ** 2 for i in range(n - 1)),
              lambda: sum(0.5 * (y ** 4 - 16 * y ** 2 + 5 * y) + 39.16617 for y in x - 2.903534),
              lambda: 20 + np.e - 20 * np.exp(-0.2 * np.sqrt((x ** 2).mean())) - np.exp(np.cos(2 * np.pi * x).mean()),

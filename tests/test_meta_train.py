@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 import pytest
 
+import evaluate
 import meta_train
 import model
 import tasks
@@ -154,14 +155,45 @@ def test_the_outer_loss_is_the_root_of_the_relative_validation_loss_and_grows_wi
     theta = learned.init(jax.random.key(0))
     problem = meta_train.inner_problem(family, learned, "valid", horizon=40)
     state = problem.reset(theta, jax.random.key(1))
-    task, inner, begin = state
+    task, inner, begin, baseline = state
+    assert baseline is None
     assert begin == family.loss(task, inner.params, family.batch(
         task, jax.random.split(jax.random.key(1), 3)[2], "outer_valid"))
-    state = task, inner._replace(step=jnp.int32(29)), begin
-    (_, after, _), loss = problem.step(theta, state, jax.random.key(2))
+    state = task, inner._replace(step=jnp.int32(29)), begin, baseline
+    (_, after, *_), loss = problem.step(theta, state, jax.random.key(2))
     step_key, batch_key = jax.random.split(jax.random.key(2))
     value = family.loss(task, after.params, family.batch(task, batch_key, "outer_valid"))
     np.testing.assert_allclose(loss, 10 * 0.75 ** 4 * np.sqrt(value / begin), rtol=1e-5)  # step 30 of 40
+    _, loss = problem.step(theta, (*state[:3], jnp.float32(0.6)), jax.random.key(2))
+    np.testing.assert_allclose(loss, 10 * 0.75 ** 4 * (np.sqrt(value / begin) - 0.6) / 0.4, rtol=1e-5)
+
+
+def test_a_pool_holds_what_adam_reaches_at_its_best_rate_on_each_of_its_tasks():
+    """Each task's share of the way, by a plain loop; and what an episode draws is one of the pool's tasks."""
+    family, settings = bowl(3), meta_train.Settings(num_tasks=5, horizon=40)
+    pool = meta_train.make_pool(settings, family)
+    progress, keys = np.array([0.5, 1.0]), jax.random.split(jax.random.key(2 ** 31), 5)
+    for i, key in enumerate(keys):
+        task_key, init_key, *_ = jax.random.split(key, 4)
+        task, shares = family.sample(task_key), []
+        assert (family.sample(pool.keys[i]) == task).all()
+        for rate in evaluate.RATES:
+            adam, x = model.adam(rate), family.init(task, init_key)
+            state, losses = adam.init(x), [family.loss(task, x, ())]
+            for _ in range(40):
+                updates, state = adam.update({"x": 2 * task * x["x"]}, state)
+                x = {"x": x["x"] + updates["x"]}
+                losses.append(family.loss(task, x, ()))
+            roots = np.sqrt(np.array(losses)[[20, 40]] / losses[0])
+            shares.append((progress ** 4 * roots).sum() / (progress ** 4).sum())
+        np.testing.assert_allclose(pool.baselines[i], min(min(shares), 0.9), rtol=1e-2)
+    reset = jax.jit(meta_train.inner_problem(family, model.per_parameter_mlp(), "valid", 40, pool=pool).reset)
+    theta, known, drawn = model.per_parameter_mlp().init(jax.random.key(0)), jax.vmap(family.sample)(pool.keys), set()
+    for key in jax.random.split(jax.random.key(0), 40):
+        task, _, _, baseline = reset(theta, key)
+        drawn.add(int(jnp.argmin(jnp.sum(abs(known - task[None]), 1))))
+        assert (known == task[None]).all(1).any() and baseline == pool.baselines[jnp.argmin(jnp.sum(abs(known - task[None]), 1))]
+    assert drawn == set(range(5))
 
 
 def bowl(size):
