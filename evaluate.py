@@ -27,14 +27,46 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 EVERY = 20    # steps between two measurements
 BATCHES = 8   # batches a measurement averages over, the same ones each time
-RATES = 10.0 ** np.arange(-4.5, 0.1, 0.5)  # of the adaptive baselines; SGD and momentum, 30 times as much
-BASELINES = {
-    "SGD": lambda rate, horizon: model.sgd(30 * rate),
-    "momentum": lambda rate, horizon: model.momentum(3 * rate),
-    "RMSProp": lambda rate, horizon: model.rmsprop(rate),
-    "Adam": lambda rate, horizon: model.adam(rate),
-    "Adam + cosine": lambda rate, horizon: model.nadamw(rate, nesterov=False, horizon=horizon),
+RATES = np.float32(10.0 ** np.arange(-4.5, 0.1, 0.5))  # of the adaptive baselines; SGD, 30 times as much, momentum, 3 times
+
+
+def settings_at_random(seed, count, ranges):
+    """{name: [count] between the two numbers given for it, evenly on a logarithmic scale}."""
+    draws = np.random.default_rng(seed).uniform(size=(count, len(ranges)))
+    return {name: np.float32(tasks.log_uniform(u, low, high)) for u, (name, (low, high)) in zip(draws.T, ranges.items())}
+
+
+def nadamw_settings(order):
+    """Of 300 random settings (after TaskSet's), those at `order`."""
+    drawn = settings_at_random(0, 300, dict(learning_rate=(1e-4, 1), b1=(1e-2, 1), b2=(1e-4, 1), eps=(1e-9, 1e-2),
+                                            weight_decay=(1e-5, 1), warmup=(1e-3, 0.3)))
+    return {name: x[list(order)] for name, x in drawn.items()}
+
+
+def nadamw(setting, horizon):
+    """NAdamW at one of `nadamw_settings`: its b1 and b2 are 1 less the decays, its warm-up a share of the horizon."""
+    return model.nadamw(setting["learning_rate"], 1 - setting["b1"], 1 - setting["b2"], setting["eps"],
+                        weight_decay=setting["weight_decay"], warmup=setting["warmup"] * horizon, horizon=horizon)
+
+
+def adam8p(setting, horizon):
+    """Adam8p at a random setting; P2's decays are for 10,000 steps, so they are faster here by as much as the training is shorter."""
+    faster = 10000 / horizon
+    return model.adam8p(setting["learning_rate"], 1 - setting["b1"], 1 - setting["b2"], setting["eps"], setting["l1"], setting["l2"],
+                        faster * setting["linear"], faster * setting["exponential"])
+
+
+ADAM8P = dict(learning_rate=(1e-8, 10), b1=(1e-4, 1), b2=(1e-6, 1), eps=(1e-10, 1e3), l1=(1e-8, 10), l2=(1e-8, 10),
+              linear=(1e-7, 1e-4), exponential=(1e-6, 1e-3))  # P2 appendix D
+NADAMW_ORDER = tuple(range(10))  # `experiments.py nadamw-list`
+BASELINES = {  # name: (optimizer(setting, horizon), settings)
+    "SGD": (lambda rate, horizon: model.sgd(30 * rate), RATES),
+    "momentum": (lambda rate, horizon: model.momentum(3 * rate), RATES),
+    "RMSProp": (lambda rate, horizon: model.rmsprop(rate), RATES),
+    "Adam": (lambda rate, horizon: model.adam(rate), RATES),
+    "Adam + cosine": (lambda rate, horizon: model.nadamw(rate, nesterov=False, horizon=horizon), RATES),
 }
+SEARCHES = {"NAdamW, list of 10": (nadamw, nadamw_settings(NADAMW_ORDER)), "Adam8p, 10 draws": (adam8p, settings_at_random(1, 10, ADAM8P))}
 
 
 def learning_curve(family, optimizer, key, horizon):
@@ -89,23 +121,25 @@ def kept_curves(family, make_optimizer, hyper, keys, horizon):
     return curves
 
 
-def compare(family, learned, theta, num_tasks, horizon, seed=0):
+def compare(family, learned, theta, num_tasks, horizon, seed=0, baselines=BASELINES):
     """Learning curves of all optimizers on the same tasks -> {name: [tasks, settings, points, 2]}; "learned" has one setting."""
     keys = jax.random.split(jax.random.key(seed), num_tasks)
-    runs = {name: (kept_curves, functools.partial(make, horizon=horizon), jnp.float32(RATES)) for name, make in BASELINES.items()}
+    runs = {name: (kept_curves, functools.partial(make, horizon=horizon), jax.tree.map(jnp.asarray, settings))
+            for name, (make, settings) in baselines.items()}
     runs["learned"] = learning_curves, learned.optimizer, jax.tree.map(lambda x: jnp.asarray(x)[None], theta)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # one compiles while the other runs
         curves = pool.map(lambda run: np.asarray(run[0](family, *run[1:], keys, horizon)), runs.values())
         return dict(zip(runs, curves))
 
 
-def best(curves, value):
-    """value(losses [..., points]) of each task's test (or train) curves, at its best setting: [n, h, points] -> [n].
+def figures(curves, value):
+    """value(losses [..., points]) of every run: [n, h, points] -> [n, h]; infinite if one of its losses is not finite."""
+    return np.where(np.isfinite(curves).all(-1), value(curves), np.inf)
 
-    A run with a loss that is not finite counts as infinitely bad.
-    """
-    values = np.where(np.isfinite(curves).all(-1), value(curves), np.inf)
-    return values.min(1)
+
+def best(curves, value):
+    """value(losses) of each task's test (or train) curves, at its best setting: [n, h, points] -> [n]."""
+    return figures(curves, value).min(1)
 
 
 mean_loss = lambda losses: losses[..., 1:].mean(-1)
@@ -119,28 +153,42 @@ def steps_to(curve, loss):
 
 
 def summary(curves):
-    """The comparison as a dict that JSON can hold; see the README for what each figure means."""
+    """The comparison as a dict that JSON can hold; see the README for what each figure means.
+
+    Against each baseline: shares of tasks and speed-up, and for each the interval that holds 95% of what other tasks might give.
+    """
     learned = curves["learned"]
     start = learned[:, 0, 0, 1]  # test loss before training, [n]
-    table = {}
-    for name, c in curves.items():
-        table[name] = {f"{split}_{label}_{statistic.__name__}": float(statistic(best(c[..., i], value) / start))
+
+    def table(pick):
+        """Of the relative figures [n, h] of each optimizer, `pick` takes one setting's for each task."""
+        return {name: {f"{split}_{label}_{statistic.__name__}": float(statistic(pick(figures(c[..., i], value) / start[:, None])))
                        for i, split in enumerate(("train", "test"))
                        for label, value in (("mean_loss", mean_loss), ("final_loss", final_loss))
                        for statistic in (np.mean, np.median)}
-    wins = lambda name, value: float(np.mean(best(learned[..., 1], value) < best(curves[name][..., 1], value)))
+                for name, c in curves.items()}
+
     test = learned[:, 0, :, 1]  # [n, points]
     diverged = ~np.isfinite(learned).all((1, 2, 3)) | ~(test[:, -1] <= start)
+    versus = {}
+    for name in [name for name in curves if name != "learned"]:
+        wins = lambda value: best(learned[..., 1], value) < best(curves[name][..., 1], value)
+        logs = np.log(speedups(test, curves[name][..., 1]))
+        versus[name] = {"win_mean": float(wins(mean_loss).mean()), "win_mean_95": bootstrap(wins(mean_loss)),
+                        "win_final": float(wins(final_loss).mean()), "win_final_95": bootstrap(wins(final_loss)),
+                        "speedup": float(np.exp(logs.mean())), "speedup_95": np.exp(bootstrap(logs)).tolist()}
     return {"tasks": len(start), "horizon": (test.shape[1] - 1) * EVERY, "diverged": int(diverged.sum()),
-            "optimizers": table,
-            "versus_tuned_adam": {"win_mean": wins("Adam", mean_loss), "win_final": wins("Adam", final_loss),
-                                  "speedup": speedup(test, curves["Adam"][..., 1])},
-            "versus_tuned_adam_cosine": {"win_mean": wins("Adam + cosine", mean_loss),
-                                         "win_final": wins("Adam + cosine", final_loss)}}
+            "tuned": table(lambda x: x.min(1)), "off_the_shelf": table(lambda x: x[:, x.mean(0).argmin()]), "versus": versus}
 
 
-def speedup(learned, adam):
-    """Geometric mean over tasks of how many times fewer steps the learned optimizer needs than tuned Adam.
+def bootstrap(x, draws=2000):
+    """The central 95% of the mean of x [n] over random choices of n of its entries, with repetition -> [low, high]."""
+    chosen = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
+    return np.quantile(np.asarray(x)[chosen].mean(1), (0.025, 0.975)).tolist()
+
+
+def speedups(learned, adam):
+    """For each task, how many times fewer steps the learned optimizer needs than tuned Adam (or another) -> [n].
 
     learned [n, points], adam [n, h, points], test losses. If Adam gets down to the loss the learned one ends at, in s of
     the T steps, the task counts s / T; if it never does, the learned one needed s' steps to Adam's final loss: T / s'.
@@ -151,24 +199,44 @@ def speedup(learned, adam):
         other, horizon = others[final.argmin()], (len(mine) - 1) * EVERY
         steps = steps_to(other, mine[-1])
         rates.append(steps / horizon if np.isfinite(steps) else horizon / min(steps_to(mine, other[-1]), horizon))
-    return float(np.exp(np.mean(np.log(rates))))
+    return np.array(rates)
+
+
+def costs(family, optimizers, steps=50, turns=9):
+    """{name: (seconds of an inner step, bytes of the optimizer's state)} on one task: medians of runs taken in turn."""
+    key, programs = jax.random.key(0), {}
+    task = family.sample(key)
+    for name, optimizer in optimizers.items():
+        step = lambda inner, key, optimizer=optimizer: (tasks.inner_step(family, optimizer, task, inner, key), None)
+        train = jax.jit(lambda inner, step=step: jax.lax.scan(step, inner, jax.random.split(key, steps))[0])
+        inner = tasks.init_inner(family, optimizer, task, key)
+        programs[name] = train, jax.block_until_ready(train(inner)), inner
+    times = {name: [] for name in programs}
+    for _ in range(turns):
+        for name, (train, _, inner) in programs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(train(inner))
+            times[name].append((time.perf_counter() - begin) / steps)
+    return {name: (float(np.median(times[name])), sum(x.nbytes for x in jax.tree.leaves(inner.opt_state)))
+            for name, (_, _, inner) in programs.items()}
 
 
 def print_summary(name, result):
-    """The table of `summary` for a family of tasks. Losses are divided by each task's loss before training."""
+    """The tables of `summary` for a family of tasks."""
     columns = [f"{split}_{label}_{s}" for split in ("train", "test") for label in ("mean_loss", "final_loss")
                for s in ("mean", "median")]
-    print(f"\n{name}: {result['tasks']} tasks, {result['horizon']} steps; losses relative to the start; "
-          "baselines tuned per task and figure")
-    print(f"{'':16}{'train: mean loss':>18}{'final loss':>18}{'test: mean loss':>18}{'final loss':>18}")
-    print(f"{'':16}" + f"{'mean':>9}{'median':>9}" * 4)
-    for name, row in result["optimizers"].items():
-        print(f"{name:16}" + "".join(f"{row[c]:9.3f}" for c in columns))
-    for name, key in (("Adam", "versus_tuned_adam"), ("Adam + cosine", "versus_tuned_adam_cosine")):
-        against = result[key]
-        print(f"against tuned {name}: lower mean test loss on {against['win_mean']:.0%} of the tasks, "
-              f"lower final test loss on {against['win_final']:.0%}"
-              + (f", {against['speedup']:.2f} times as fast" if "speedup" in against else ""))
+    print(f"\n{name}: {result['tasks']} tasks, {result['horizon']} steps; losses relative to the start")
+    print(f"{'':20}{'train: mean loss':>18}{'final loss':>18}{'test: mean loss':>18}{'final loss':>18}")
+    for regime, label in (("off_the_shelf", "one setting for all"), ("tuned", "best for each task")):
+        print(f"{label:20}" + f"{'mean':>9}{'median':>9}" * 4)
+        for name, row in result[regime].items():
+            if regime == "tuned" or name != "learned":
+                print(f"{name:20}" + "".join(f"{row[c]:9.3f}" for c in columns))
+    print(f"{'learned, against':20}{'lower mean test loss':>24}{'lower final test loss':>24}{'times as fast':>24}")
+    for name, against in result["versus"].items():
+        print(f"{name:20}" + "".join(f"{against[c]:11.0%} ({low:.0%} to {high:.0%})".rjust(24) for c in ("win_mean", "win_final")
+                                     for low, high in [against[c + "_95"]])
+              + "{:.2f} ({:.2f} to {:.2f})".format(against["speedup"], *against["speedup_95"]).rjust(24))
     print(f"diverged runs of the learned optimizer: {result['diverged']}")
 
 
@@ -366,9 +434,13 @@ def main():
         parser.error(str(error))
     print(f"{path}: {model.about(path)}")
     start = time.time()
-    curves = compare(family, learned, theta, options.tasks, options.horizon, options.seed)
-    result = summary(curves)
+    curves = compare(family, learned, theta, options.tasks, options.horizon, options.seed, BASELINES | SEARCHES)
+    result = summary(curves) | {"costs": costs(family, {"Adam": model.adam(0.01), "learned": learned.optimizer(theta)})}
     print_summary(family.name, result)
+    (adam_time, adam_bytes), (time_taken, state_bytes) = (result["costs"][name] for name in ("Adam", "learned"))
+    print(f"a step takes {time_taken / adam_time:.2f} times as long as Adam's ({1e6 * time_taken:.0f} us), so in seconds it is "
+          f"{result['versus']['Adam']['speedup'] * adam_time / time_taken:.2f} times as fast; its state is "
+          f"{state_bytes / adam_bytes:.1f} times Adam's")
     try:
         picture(target, curves)
         if options.json:

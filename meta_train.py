@@ -3,16 +3,21 @@
 The loop in `train` is the whole program: estimate the meta-gradient, clip it, let Adam move theta, average. At the end
 `fit_step_size` mends by trial what backprop was seen to get wrong: the size of the steps.
 """
+import time
+
+LAUNCH = time.monotonic()  # importing JAX is a part of the wait
+
 import argparse
 import concurrent.futures
+import contextlib
 import csv
 import dataclasses
+import fcntl
 import functools
 import json
 import os
 import signal
 import threading
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -61,6 +66,7 @@ RECIPES = {"truncated_backprop": {},
            "pes": dict(outer_steps=5000, decay_steps=500.0, truncation=20, num_pairs=16, sigma=0.01, learning_rate=1e-3),
            "combined": dict(outer_steps=1000, decay_steps=100.0, truncation=100, num_pairs=4, sigma=0.01)}
 SPLITS = {"valid": "outer_valid", "train": "train"}  # where the batches of the outer loss come from
+PATIENCE = 100  # outer steps in a row that may come to nothing
 MULTIPLES = 2.0 ** np.arange(-1.5, 0.6, 0.5)  # of the step size, tried by `fit_step_size`
 
 
@@ -225,43 +231,50 @@ def compiled(start, outer_steps, key):
     return start(key), programs
 
 
-def train(settings, folder, run, programs, launch):
+def train(settings, folder, run, programs):
     """Outer steps until they or the minutes run out -> Run. Saves now and then, and at the end.
 
-    Ctrl-C is heard after the step it falls in: an exception could come between a step and its row in the log, or get lost
-    in one of JAX's callbacks.
+    Ctrl-C and SIGTERM are heard after the step they fall in: an exception could come between a step and its row in the log,
+    or get lost in one of JAX's callbacks. ValueError after PATIENCE steps in a row that nothing finite came of; what is on
+    disk is then from before them.
     """
     key, names = jax.random.key(settings.seed), families(settings)
     print(f"{'step':>6} {'family':11} {'loss':>7} {'smoothed':>8} {'gradient':>8} {'capped':>6} {'dropped':>7} {'s/step':>7} {'left':>6}")
-    first, start = int(run.step), time.time()
-    saved = start
+    first, start = int(run.step), time.monotonic()
+    saved, fruitless = start, 0
     stop = threading.Event()
-    default = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    defaults = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
     with open(os.path.join(folder, "log.csv"), "a", newline="") as log:
         try:
-            while run.step < settings.outer_steps and time.time() < launch + 60 * settings.minutes and not stop.is_set():
+            while run.step < settings.outer_steps and seconds_left(settings) > 0 and not stop.is_set():
                 family = names[int(run.step) % len(names)]
                 outer_step = programs[family].result()
-                before = time.time()
+                before = time.monotonic()
                 run, row = outer_step(run, key)
-                row = jax.device_get(row) | {"seconds": time.time() - before}
+                row = jax.device_get(row) | {"seconds": time.monotonic() - before}
                 row = {"step": row["step"], "family": family, "loss": row["loss"], "smoothed": row["smoothed"]} | row
                 if not log.tell():
                     csv.writer(log).writerow(row)
                 csv.writer(log).writerow([x if isinstance(x, str) else f"{x:.6g}" for x in row.values()])
                 if row["step"] == first + 1:
-                    print(f"first outer step {time.time() - launch:.1f} s after launch")
-                    start = time.time()
+                    print(f"first outer step {time.monotonic() - LAUNCH:.1f} s after launch")
+                    start = time.monotonic()
                 if (row["step"] - 1) // len(names) % 10 == 9 or row["capped"] or row["dropped"]:
-                    print_progress(row, settings, (time.time() - start) / max(row["step"] - first - 1, 1), launch)
-                if time.time() > saved + settings.save_seconds:
+                    print_progress(row, settings, (time.monotonic() - start) / max(row["step"] - first - 1, 1))
+                fruitless = 0 if row["gradient"] > 0 else fruitless + 1
+                if fruitless == PATIENCE:
+                    raise ValueError(f"{PATIENCE} outer steps in a row gave no finite loss or gradient; {folder} holds what was "
+                                     "learned before. Begin anew with a lower --learning-rate.")
+                if time.monotonic() > saved + settings.save_seconds and not fruitless:
                     log.flush()
                     save(settings, folder, run)
-                    saved = time.time()
+                    saved = time.monotonic()
         finally:
             log.flush()
-            save(settings, folder, run)
-            signal.signal(signal.SIGINT, default)
+            if fruitless < PATIENCE:
+                save(settings, folder, run)
+            for number, default in defaults.items():
+                signal.signal(number, default)
     if stop.is_set():
         raise KeyboardInterrupt
     return run
@@ -346,10 +359,27 @@ def draw_curves(folder):
     os.replace(partial, os.path.join(folder, "curves.png"))
 
 
-def print_progress(row, settings, pace, launch):
-    left = min((settings.outer_steps - row["step"]) * pace, launch + 60 * settings.minutes - time.time())
+def seconds_left(settings):
+    return LAUNCH + 60 * settings.minutes - time.monotonic()
+
+
+def print_progress(row, settings, pace):
+    left = min((settings.outer_steps - row["step"]) * pace, seconds_left(settings))
     print(f"{row['step']:6} {row['family']:11} {row['loss']:7.3f} {row['smoothed']:8.4f} {row['gradient']:8.3f} {row['capped']:6} "
           f"{row['dropped']:7} {row['seconds']:7.2f} {max(left, 0) / 60:5.1f}m", flush=True)
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Inside, no other run can use the folder; however this process ends, it can then. ValueError if one is at work there."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"Another run is at work in {folder}: wait for it, or choose another folder.") from None
+    finally:
+        os.close(held)
 
 
 def keep_rows(path, steps):
@@ -443,27 +473,27 @@ def check(settings):
 
 
 def main():
-    launch = time.time()
     settings, folder, arrays, parser = parse()
     try:
         begin, outer_steps = make_outer(settings)
         if not arrays:
             os.makedirs(folder)
-        run, programs = compiled(begin, outer_steps, jax.random.key(settings.seed))
-        if arrays:
-            run = restore(folder, arrays, run)
-            keep_rows(os.path.join(folder, "log.csv"), int(run.step))
-        print(f"{folder}: {settings}\n{sum(x.size for x in run.theta.values())} meta-parameters, "
-              f"pairs on {len(run.step.sharding.device_set)} devices")
-        run = train(settings, folder, run, programs, launch)
-        if settings.fit and "log_lr" in run.theta:
-            run = run._replace(average=fit_step_size(settings, run.average))
-            save_theta(settings, folder, run)  # the checkpoint keeps the average to go on from
-        print_comparison(settings, folder, run)
-        print(f"{time.time() - launch:.0f} s since launch; results in {folder}")
+        with alone(folder):
+            run, programs = compiled(begin, outer_steps, jax.random.key(settings.seed))
+            if arrays:
+                run = restore(folder, arrays, run)
+                keep_rows(os.path.join(folder, "log.csv"), int(run.step))
+            print(f"{folder}: {settings}\n{sum(x.size for x in run.theta.values())} meta-parameters, "
+                  f"pairs on {len(run.step.sharding.device_set)} devices")
+            run = train(settings, folder, run, programs)
+            if settings.fit and "log_lr" in run.theta:
+                run = run._replace(average=fit_step_size(settings, run.average))
+                save_theta(settings, folder, run)  # the checkpoint keeps the average to go on from
+            print_comparison(settings, folder, run)
+        print(f"{time.monotonic() - LAUNCH:.0f} s since launch; results in {folder}")
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C; " + (f"python meta_train.py --resume {folder} goes on from the last save"
-                                       if os.path.exists(os.path.join(folder, "checkpoint.npz")) else "nothing was saved yet"))
+        print("stopped; " + (f"python meta_train.py --resume {folder} goes on from the last save"
+                             if os.path.exists(os.path.join(folder, "checkpoint.npz")) else "nothing was saved yet"))
     except (OSError, ValueError) as error:
         parser.error(f"{error}")
 

@@ -57,7 +57,7 @@ def adam(learning_rate, b1=0.9, b2=0.999, eps=1e-8):
     return nadamw(learning_rate, b1, b2, eps, nesterov=False)
 
 
-def nadamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, *, nesterov=True, weight_decay=0.0, warmup=0, horizon=None):
+def nadamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, *, nesterov=True, weight_decay=None, warmup=0, horizon=None):
     """Adam with Nesterov momentum and decoupled weight decay (P2 section 4.2).
 
     The rate rises linearly over `warmup` steps; with a `horizon` (in steps) it then falls to 0 there along a cosine.
@@ -68,7 +68,7 @@ def nadamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, *, nesterov=True, weight_d
 
     def update(grads, state, params=None, **extra):
         m, v, t = state
-        rate = learning_rate * jnp.minimum(1.0, (t + 1) / max(warmup, 1))
+        rate = learning_rate * jnp.minimum(1.0, (t + 1) / jnp.maximum(warmup, 1))
         if horizon is not None:
             rate *= 0.5 + 0.5 * jnp.cos(jnp.pi * jnp.clip((t - warmup) / (horizon - warmup), 0.0, 1.0))
         t = t + 1
@@ -78,10 +78,23 @@ def nadamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, *, nesterov=True, weight_d
         if nesterov:
             m_hat = jax.tree.map(lambda m, g: b1 * m / (1 - b1 ** (t + 1)) + (1 - b1) * g / (1 - b1 ** t), m, grads)
         updates = jax.tree.map(lambda m_hat, v: -rate * m_hat / (jnp.sqrt(v / (1 - b2 ** t)) + eps), m_hat, v)
-        if weight_decay:
+        if weight_decay is not None:
             updates = jax.tree.map(lambda u, p: u - rate * weight_decay * p, updates, params)
         return updates, (m, v, t)
     return Optimizer(init, update)
+
+
+def adam8p(learning_rate, b1, b2, eps, l1, l2, linear, exponential):
+    """Adam with eight things to tune (P2 appendix D): penalties l1 |w| + l2 w^2, and a rate that falls by `linear` of its start
+    at each step, and exponentially."""
+    unit = adam(1.0, b1, b2, eps)
+
+    def update(grads, state, params, **extra):
+        rate = learning_rate * jnp.maximum(1 - state[2] * linear, 0) * jnp.exp(-state[2] * exponential)
+        grads = jax.tree.map(lambda g, p: g + l1 * jnp.sign(p) + 2 * l2 * p, grads, params)
+        updates, state = unit.update(grads, state)
+        return jax.tree.map(lambda u: rate * u, updates), state
+    return Optimizer(unit.init, update)
 
 
 # ---------------------------------------------------------------- what both learned optimizers are made of

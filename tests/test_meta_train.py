@@ -1,4 +1,5 @@
 """The program as its users meet it: runs, resumes after kill -9, refuses what it can't do."""
+import concurrent.futures
 import csv
 import dataclasses
 import json
@@ -60,7 +61,7 @@ def whole(tmp_path_factory):
 def test_a_run_ends_with_the_table_and_all_files(whole):
     folder, out = whole
     assert {"theta.npz", "checkpoint.npz", "log.csv", "curves.png", "comparison-function.png", "table.json"} == set(os.listdir(folder))
-    assert all(words in out for words in ("first outer step", "step size multiplied by", "4 tasks", "against tuned Adam"))
+    assert all(words in out for words in ("first outer step", "step size multiplied by", "4 tasks", "learned, against"))
     assert steps_logged(folder) == list(range(1, STEPS + 1))
     assert json.loads((folder / "table.json").read_text())["function"]["tasks"] == 4
     facts = model.about(folder / "theta.npz")
@@ -100,13 +101,17 @@ def test_kill_and_resume_is_bit_identical(whole, tmp_path):
     assert steps_logged(folder) == list(range(1, STEPS + 1))
 
 
-def test_ctrl_c_saves_and_leaves(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_scheduler_save_and_leave_and_meanwhile_no_other_run_may(number, tmp_path):
     folder = tmp_path / "run"
     process = start(*TINY, "--outer-steps", 100000, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
     wait_for_steps(process, folder, 5)
-    process.send_signal(signal.SIGINT)
+    if number == signal.SIGINT:
+        code, out, err = run("--resume", folder, cwd=tmp_path)
+        assert code == 2 and "Another run is at work" in err and "Traceback" not in err
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Ctrl-C" in out and "Traceback" not in err
+    assert process.returncode == 0 and "stopped" in out and "Traceback" not in err
     assert model.about(folder / "theta.npz")["outer_steps_done"] == steps_logged(folder)[-1]
 
 
@@ -203,6 +208,28 @@ def bowl(size):
                             loss=lambda task, params, batch: jnp.sum(task * params["x"] ** 2))
 
 
+def test_a_run_that_only_explodes_stops_and_leaves_the_last_good_save(monkeypatch, tmp_path, capsys):
+    """Every task's loss is NaN after the third outer step: theta stays as it was, and after PATIENCE such steps the run ends."""
+    monkeypatch.setitem(meta_train.tasks.FAMILIES, "function", lambda: bowl(2))
+    monkeypatch.setattr(meta_train, "PATIENCE", 20)
+    settings = meta_train.Settings(tasks="function", optimizer="per_parameter_mlp", horizon=20, truncation=20, outer_steps=100,
+                                   save_seconds=1e-9)
+    begin, outer_steps = meta_train.make_outer(settings)
+    run, programs = meta_train.compiled(begin, outer_steps, jax.random.key(0))
+    good = programs["function"].result()
+    monkeypatch.setitem(meta_train.tasks.FAMILIES, "function",
+                        lambda: bowl(2)._replace(loss=lambda task, params, batch: jnp.nan * jnp.sum(params["x"])))
+    bad = meta_train.make_outer(settings)[1]["function"]
+    program = concurrent.futures.Future()
+    program.set_result(lambda run, key: (good if run.step < 3 else bad)(run, key))
+    with pytest.raises(ValueError, match="20 outer steps in a row"):
+        meta_train.train(settings, str(tmp_path), run, {"function": program})
+    assert model.about(tmp_path / "theta.npz")["outer_steps_done"] == 3
+    assert all(np.isfinite(x).all() for x in theta_of(tmp_path).values())
+    with open(tmp_path / "log.csv") as file:
+        assert [int(row["capped"]) for row in csv.DictReader(file)] == [0] * 3 + [40] * 20
+
+
 def test_families_take_turns(monkeypatch, tmp_path, capsys):
     families, key = meta_train.tasks.FAMILIES, jax.random.key(0)
     monkeypatch.setitem(families, "mlp", lambda: bowl(2))
@@ -217,7 +244,7 @@ def test_families_take_turns(monkeypatch, tmp_path, capsys):
     np.testing.assert_allclose(row["loss"], 10 * np.mean(np.linspace(0.05, 1, 20) ** 4), rtol=1e-4)  # it never falls
     assert row["gradient"] == 0 and row["step"] == 2 and two.smoothed["mlp"] == one.smoothed["mlp"]
     run, programs = meta_train.compiled(begin, outer_steps, key)
-    run = meta_train.train(settings, str(tmp_path), run, programs, time.time())
+    run = meta_train.train(settings, str(tmp_path), run, programs)
     with open(tmp_path / "log.csv") as file:
         assert [row["family"] for row in csv.DictReader(file)] == ["mlp", "function", "mlp", "function", "mlp"]
     assert run.step == 5 and "first outer step" in capsys.readouterr().out

@@ -77,6 +77,13 @@ def test_nadamw():
     check(model.nadamw(0.01, weight_decay=0.3, warmup=5, horizon=20), rule)
 
 
+def test_adam8p():
+    def rule(memory, g, w, t):
+        rate = 0.01 * max(1 - (t - 1) * 0.1, 0) * np.exp(-0.02 * (t - 1))
+        return rate / 0.01 * adam_rule(memory, g + 0.3 * np.sign(w) + 2 * 0.2 * w, w, t)
+    check(model.adam8p(0.01, 0.9, 0.999, 1e-8, 0.3, 0.2, 0.1, 0.02), rule)
+
+
 LEARNED = [model.per_parameter_mlp, functools.partial(model.per_parameter_mlp, layers=2), model.hierarchical]
 
 
