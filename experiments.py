@@ -433,17 +433,14 @@ def longer(seed, runs=3, looks=20, every=64, count=64):
     adam = watch(model.adam, jnp.float32(evaluate.RATES))
     for run in range(runs):
         settings = meta_train.Settings(seed=seed + run, outer_steps=looks * every)
-        key = jax.random.key(settings.seed)
-        state, programs = meta_train.compiled(*meta_train.make_outer(settings), key)
-        outer_step = programs["mlp"].result()
-        for look in range(1, looks + 1):
-            for _ in range(every):
-                state, row = jax.block_until_ready(outer_step(state, key))  # two at once would wait for each other's sums
+        for state, row in meta_training(settings):
+            if state.step % every:
+                continue
             variants = {"theta": state.theta, "average": state.average, "handed out": meta_train.fit_step_size(settings, state.average)}
             curves = watch(learned.optimizer, jax.tree.map(lambda *x: jnp.stack(x), *variants.values()))
             for i, name in enumerate(variants):
                 win = lambda value: float(np.mean(evaluate.best(curves[:, i:i + 1], value) < evaluate.best(adam, value)))
-                rows.append({"theta": name, "seed": settings.seed, "outer_step": look * every, "smoothed": float(row["smoothed"]),
+                rows.append({"theta": name, "seed": settings.seed, "outer_step": int(state.step), "smoothed": float(row["smoothed"]),
                              "win_mean": win(evaluate.mean_loss), "win_final": win(evaluate.final_loss)})
                 print(rows[-1], flush=True)
     for axis, win, title in zip(axes, ("win_mean", "win_final"), ("mean", "final")):
@@ -458,13 +455,265 @@ def longer(seed, runs=3, looks=20, every=64, count=64):
     return figure, rows
 
 
+# ---------------------------------------------------------------- how a learned optimizer behaves: f(seed, path of its theta)
+
+def against_adam(family, path, count, horizon, seed):
+    """Test curves [tasks, 1, points] of the optimizer at `path`, and [tasks, rates, points] of Adam, on the same tasks."""
+    curves = evaluate.compare(family, *model.load(path), count, horizon, seed, {"Adam": evaluate.BASELINES["Adam"]})
+    return curves["learned"][..., 1], curves["Adam"][..., 1]
+
+
+def generalisation(seed, path, count=16, horizon=400, longer=2000):
+    """The optimizer against tuned Adam on every family, on kinds of task that nothing is ever meta-trained on, and on longer runs."""
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    cases = {name: (make("held_out"), horizon) for name, make in tasks.FAMILIES.items()}
+    cases |= {name: (make(), horizon) for name, make in evaluate.KINDS.items()}
+    cases |= {f"{name}, {longer} steps": (tasks.FAMILIES[name]("held_out"), longer) for name in ("mlp", "function")}
+    rows = []
+    for place, (name, (family, steps)) in enumerate(cases.items()):
+        mine, adam = against_adam(family, path, count, steps, seed)
+        logs = np.log(evaluate.speedups(mine[:, 0], adam))
+        wins = {win: float(np.mean(evaluate.best(mine, value) < evaluate.best(adam, value)))
+                for win, value in (("win_mean", evaluate.mean_loss), ("win_final", evaluate.final_loss))}
+        low, high = np.exp(evaluate.bootstrap(logs))
+        rows.append({"kind": name, "speedup": np.exp(logs.mean()), "low": low, "high": high, **wins,
+                     "diverged": int((~(mine[:, 0, -1] <= mine[:, 0, 0])).sum())})
+        print(rows[-1], flush=True)
+        axis.plot([low, high], [place, place], color="C0" if name in tasks.FAMILIES else "C1")
+        axis.plot(rows[-1]["speedup"], place, "o", color="C0" if name in tasks.FAMILIES else "C1")
+    axis.axvline(1, color="black", lw=1)
+    axis.set_yticks(range(len(cases)), list(cases))
+    axis.set(xscale="log", xlabel="times as fast as Adam, tuned per task (95% of draws of the tasks)")
+    axis.invert_yaxis()
+    return figure, rows
+
+
+def valley_paths(optimizer, steps):
+    """Where 7x7 starts in [-2, 2]^2 lead on (x - y)^2 / 2 -> [49, steps + 1, 2]."""
+    loss = lambda p: 0.5 * (p["w"][0] - p["w"][1]) ** 2
+
+    def path(start):
+        def body(carry, _):
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params)
+            updates, state = optimizer.update(grads, state, params, loss=value, valid_loss=value)
+            params = jax.tree.map(jnp.add, params, updates)
+            return (params, state), params["w"]
+
+        params = {"w": start}
+        return jnp.concatenate([start[None], jax.lax.scan(body, (params, optimizer.init(params)), None, length=steps)[1]])
+
+    grid = jnp.linspace(-2, 2, 7)
+    return jax.jit(jax.vmap(path))(jnp.stack(jnp.meshgrid(grid, grid), -1).reshape(49, 2))
+
+
+def regularisation(seed, path, steps=1000):
+    """On (x - y)^2 / 2 all points of the diagonal are as good: who goes to the nearest, and who to the origin? (P2 figure 4)"""
+    learned, theta = model.load(path)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    rows = []
+    for axis, (name, optimizer) in zip(axes, {"SGD": model.sgd(0.01), "Adam": model.adam(0.01), "learned": learned.optimizer(theta)}.items()):
+        paths = np.array(valley_paths(optimizer, steps))
+        start, end = np.linalg.norm(paths[:, 0].sum(1)) / np.sqrt(2), np.linalg.norm(paths[:, -1].sum(1)) / np.sqrt(2)
+        rows.append({"optimizer": name, "distance_along_the_diagonal": end / start,
+                     "distance_from_it": np.abs(np.diff(paths[:, -1])).mean()})
+        axis.plot(*paths.transpose(2, 1, 0), color="C0", lw=0.8)
+        axis.plot(*paths[:, -1].T, "o", color="C3", ms=3)
+        axis.set(title=f"{name}: {end / start:.2f} of the way from the origin left", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+    return figure, rows
+
+
+def letter_data(rows, seed):
+    """Ten held-out letters as `tasks.dataset` wants them: `rows` training images drawn from the training fonts, and all test images."""
+    rng, data = np.random.default_rng(seed), tasks.letters()
+    train, test = (data[f"held_out/{split}"][:10] for split in ("train", "test"))
+    labels = np.arange(rows) % 10
+    return {"x_train": train[labels, rng.integers(0, train.shape[1], rows)], "y_train": labels,
+            "x_test": test.reshape(-1, *test.shape[2:]), "y_test": np.repeat(np.arange(10), test.shape[1])}
+
+
+def adaptation(seed, path, count=4, horizon=400):
+    """Width, batch size and size of the data set, against Adam at eight fixed learning rates (P2 figure 5)."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    learned, theta = model.load(path)
+    rates, rows = np.float32(10.0 ** np.linspace(-4, -0.5, 8)), []
+    keys = jax.random.split(jax.random.key(seed), count)
+    one = jax.tree.map(lambda x: jnp.asarray(x)[None], theta)
+    sweeps = {"width": ((4, 8, 16, 32, 64, 128), (8, 32)), "batch size": ((2, 8, 32, 64, 256), (8, 64)),
+              "training images": ((50, 100, 200, 500, 2000), (560, 560))}
+    for axis, (name, (values, (low, high))) in zip(axes, sweeps.items()):
+        ends = []
+        for value in values:
+            data = letter_data(value if name == "training images" else 500, seed)
+            sizes = {"width": dict(width=value), "batch size": dict(max_batch=value)}.get(name, {})
+            family = tasks.dataset(data, **sizes)
+            adam = evaluate.kept_curves(family, model.adam, jnp.asarray(rates), keys, horizon)
+            mine = np.asarray(evaluate.learning_curves(family, learned.optimizer, one, keys, horizon))
+            ends.append(np.median(np.concatenate([adam, mine], 1)[:, :, -1, 1], 0))  # [9], of the starts
+            rows += [{"sweep": name, "value": value, "optimizer": f"Adam {rate:.1e}" if rate else "learned", "test_loss": loss}
+                     for rate, loss in zip((*rates, None), ends[-1])]
+        for i, line in enumerate(np.transpose(ends)):
+            axis.loglog(values, line, color="C3" if i == 8 else plt.cm.Blues(0.3 + 0.08 * i), lw=2 if i == 8 else 1,
+                        label="learned" if i == 8 else f"Adam {rates[i]:.0e}")
+        axis.axvspan(low, high * 1.001, color="gray", alpha=0.2)
+        axis.set(xlabel=name, ylabel="final test loss", ylim=(None, 5))
+    axes[0].legend(fontsize="x-small")
+    return figure, rows
+
+
+def with_valid_loss(optimizer, horizon, given):
+    """The optimizer, told given(loss, past validation losses [horizon], t) instead of the validation loss."""
+    def update(grads, state, params, *, loss=None, valid_loss=None):
+        state, past, t = state
+        past = past.at[t].set(valid_loss)
+        updates, state = optimizer.update(grads, state, params, loss=loss, valid_loss=given(loss, past, t))
+        return updates, (state, past, t + 1)
+
+    return model.Optimizer(lambda params: (optimizer.init(params), jnp.zeros(horizon), jnp.int32(0)), update)
+
+
+def validation_feature(seed, path, count=64, horizon=400):
+    """The same optimizer with its validation input as it is, cut, taken at a random earlier step, or replaced by the training loss."""
+    learned, theta = model.load(path)
+    keys, family = jax.random.split(jax.random.key(seed), count), tasks.mlp("held_out")
+    earlier = lambda loss, past, t: past[(jax.random.uniform(jax.random.fold_in(jax.random.key(seed), t)) * (t + 1)).astype(int)]
+    variants = {"as it is": lambda loss, past, t: past[t], "cut": lambda loss, past, t: None, "of an earlier step": earlier,
+                "the training loss": lambda loss, past, t: loss}
+    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    one, finals, rows = jax.tree.map(lambda x: jnp.asarray(x)[None], theta), {}, []
+    for name, given in variants.items():
+        make_optimizer = lambda theta, given=given: with_valid_loss(learned.optimizer(theta), horizon, given)
+        finals[name] = np.log(np.asarray(evaluate.learning_curves(family, make_optimizer, one, keys, horizon))[:, 0, -1, 1])
+        change = finals[name] - finals["as it is"]
+        low, high = np.exp(evaluate.bootstrap(change))
+        rows.append({"validation_loss": name, "final_test_loss_ratio": np.exp(change.mean()), "low": low, "high": high})
+        axis.plot([low, high], [name, name], "C0")
+        axis.plot(rows[-1]["final_test_loss_ratio"], name, "oC0")
+    axis.axvline(1, color="black", lw=1)
+    axis.set(xlabel="final test loss, relative to the optimizer as it is", title="what the validation loss is replaced by")
+    axis.invert_yaxis()
+    return figure, rows
+
+
+def wall_clock(seed, path, count=4, horizon=400, width=128):
+    """A conv net of some 50,000 parameters: test loss against seconds (P1's headline), baselines tuned."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    family, learned, rows = tasks.dataset(letter_data(1000, seed), "conv", width), model.load(path), []
+    chosen = {name: evaluate.BASELINES[name] for name in ("momentum", "RMSProp", "Adam", "Adam + cosine")}
+    curves = evaluate.compare(family, *learned, count, horizon, seed, chosen)
+    makers = {name: functools.partial(make, 0.01, horizon) for name, (make, _) in chosen.items()}
+    costs = evaluate.costs(family, {name: make() for name, make in makers.items()} | {"learned": learned[0].optimizer(learned[1])}, steps=20)
+    for i, (name, c) in enumerate(curves.items()):
+        test = np.median(c[..., 1], 0)  # [settings, points], of the starts
+        line = test[np.where(np.isfinite(test).all(1), test[:, -1], np.inf).argmin()]
+        seconds_spent = np.arange(len(line)) * evaluate.EVERY * costs[name][0]
+        axis.semilogy(seconds_spent, line, color="C3" if name == "learned" else f"C{i + 4}", label=name)
+        rows += [{"optimizer": name, "seconds": s, "test_loss": x} for s, x in zip(seconds_spent, line)]
+    axis.set(xlabel="seconds", ylabel="test loss", title="a conv net; the baselines at the rate that ends lowest")
+    axis.legend()
+    return figure, rows
+
+
+# ---------------------------------------------------------------- what it takes to learn one
+
+def meta_training(settings):
+    """Yields (Run, row of numbers) after each outer step of the settings' first family."""
+    key, name = jax.random.key(settings.seed), meta_train.families(settings)[0]
+    run, programs = meta_train.compiled(*meta_train.make_outer(settings), key)
+    while run.step < settings.outer_steps:
+        run, row = jax.block_until_ready(programs[name].result()(run, key))  # two at once would wait for each other's sums
+        yield run, row
+
+
+def loss_ratio(settings, theta, adam, keys, family):
+    """Geometric mean over held-out tasks of the mean test loss under theta, over that of Adam, tuned per task."""
+    learned = model.LEARNED[settings.optimizer](**meta_train.sizes(settings))
+    one = jax.tree.map(lambda x: jnp.asarray(x)[None], theta)
+    curves = np.asarray(evaluate.learning_curves(family, learned.optimizer, one, keys, settings.horizon))[..., 1]
+    ratios = np.log(evaluate.best(curves, evaluate.mean_loss) / evaluate.best(adam, evaluate.mean_loss))
+    return float(np.exp(np.minimum(ratios, np.log(10)).mean()))
+
+
+def held_out_adam(family, keys, horizon):
+    return evaluate.kept_curves(family, model.adam, jnp.asarray(evaluate.RATES), keys, horizon)[..., 1]
+
+
+def architectures(seed, runs=3, minutes=3.0, looks=3, count=32, horizon=400):
+    """Four optimizers, meta-trained on the same tasks for the same time (P2 figure 2a). Three quarters of an hour."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    family, keys, rows = tasks.mlp("held_out"), jax.random.split(jax.random.key(seed), count), []
+    adam = held_out_adam(family, keys, horizon)
+    for i, optimizer in enumerate(model.LEARNED):
+        for run in range(runs):
+            settings = meta_train.Settings(optimizer=optimizer, seed=seed + run, outer_steps=10 ** 6, horizon=horizon, truncation=horizon)
+            spent, look, before = 0.0, 0, None
+            for state, _ in meta_training(settings):
+                now = time.perf_counter()
+                spent, before = spent + (now - before if before else 0), now  # the first step is not counted: it was compiled
+                if spent > 60 * minutes * (look + 1) / looks:
+                    look += 1
+                    rows.append({"optimizer": optimizer, "seed": settings.seed, "minutes": spent / 60, "outer_steps": int(state.step),
+                                 "loss_ratio": loss_ratio(settings, state.average, adam, keys, family)})
+                    print(rows[-1], flush=True)
+                    before = time.perf_counter()
+                if look == looks:
+                    break
+        found = [row for row in rows if row["optimizer"] == optimizer]
+        ratios = np.array([row["loss_ratio"] for row in found]).reshape(runs, looks)
+        times = minutes * np.arange(1, looks + 1) / looks
+        axis.plot(times, np.median(ratios, 0), "o-", color=f"C{i}", label=optimizer)
+        axis.fill_between(times, ratios.min(0), ratios.max(0), color=f"C{i}", alpha=0.2)
+    axis.axhline(1, color="black", lw=1)
+    axis.set(xlabel="minutes of meta-training", ylabel="mean test loss / tuned Adam's", title=f"median and range of {runs} seeds")
+    axis.legend()
+    return figure, rows
+
+
+def num_tasks(seed, runs=2, steps=96, count=64, horizon=400, numbers=(1, 4, 16, 64, 256)):
+    """How many tasks an optimizer must learn from before it is good on others (P2 figure 2b). A quarter of an hour."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    family, keys, rows = tasks.mlp("held_out"), jax.random.split(jax.random.key(seed), count), []
+    adam = held_out_adam(family, keys, horizon)
+    for number in numbers:
+        for run in range(runs):
+            settings = meta_train.Settings(num_tasks=number, seed=seed + run, outer_steps=steps, horizon=horizon, truncation=horizon)
+            *_, (state, _) = meta_training(settings)
+            rows.append({"num_tasks": number, "seed": settings.seed, "loss_ratio": loss_ratio(settings, state.average, adam, keys, family)})
+            print(rows[-1], flush=True)
+    ratios = np.array([row["loss_ratio"] for row in rows]).reshape(len(numbers), runs)
+    axis.semilogx(numbers, np.median(ratios, 1), "o-")
+    axis.fill_between(numbers, ratios.min(1), ratios.max(1), alpha=0.2)
+    axis.axhline(1, color="black", lw=1)
+    axis.set(xlabel="tasks learned from", ylabel="mean test loss / tuned Adam's, held-out tasks")
+    return figure, rows
+
+
+def self_training(seed, path, steps=400, horizon=100, rates=(1e-3, 3e-3, 1e-2, 3e-2), beyond=3):
+    """The learned optimizer moves the theta of a new one, from scratch, and on beyond its own horizon; beside Adam (P2 figure 8)."""
+    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    common = dict(optimizer="per_parameter_mlp", seed=seed, horizon=horizon, truncation=horizon, outer_steps=beyond * steps)
+    movers = {"learned": dict(outer_optimizer=path)} | {f"Adam {rate:g}": dict(learning_rate=rate, decay_steps=1e12) for rate in rates}
+    rows = []
+    for name, options in movers.items():
+        curve = np.array([float(row["smoothed"]) for _, row in meta_training(meta_train.Settings(**common, **options))])
+        axis.plot(1 + np.arange(len(curve)), curve, label=name, color="C3" if name == "learned" else None, lw=2 if name == "learned" else 1)
+        rows += [{"mover": name, "outer_step": i + 1, "smoothed": curve[i]} for i in range(9, len(curve), 10)]
+    axis.axvline(steps, color="black", lw=1, ls=":")
+    axis.set(xlabel="outer step (dotted: the longest that the mover was trained for)", ylabel="outer loss, running mean")
+    axis.legend()
+    return figure, rows
+
+
 EXPERIMENTS = {"gallery": gallery, "nadamw-list": nadamw_list, "landscape": landscape, "truncation-bias": truncation_bias, "variance": variance,
-               "cost": cost, "race": race, "longer": longer}
+               "cost": cost, "race": race, "longer": longer, "architectures": architectures, "num-tasks": num_tasks}
+BEHAVIOURS = {"generalisation": generalisation, "regularisation": regularisation, "adaptation": adaptation,
+              "validation-feature": validation_feature, "wall-clock": wall_clock, "self-training": self_training}
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
-    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("name", choices=[*EXPERIMENTS, *BEHAVIOURS])
+    parser.add_argument("--theta", metavar="FILE", help=f"whose behaviour it is, for {', '.join(BEHAVIOURS)} (default: the newest run's)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--out", default="figures", help="folder for the picture and the table")
     options = parser.parse_args(arguments)
@@ -472,7 +721,15 @@ def main(arguments=None):
     start = time.time()
     try:
         os.makedirs(options.out, exist_ok=True)
-        figure, rows = EXPERIMENTS[options.name](options.seed)
+        run = EXPERIMENTS.get(options.name)
+        if options.name in BEHAVIOURS:
+            theta = options.theta or evaluate.newest_run()
+            model.load(theta)  # a wrong file is found at once
+            run = functools.partial(BEHAVIOURS[options.name], path=theta)
+    except (OSError, ValueError) as error:
+        parser.error(f"{error}")
+    figure, rows = run(options.seed)
+    try:
         figure.savefig(path + ".png", dpi=90)
         with open(path + ".csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))

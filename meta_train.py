@@ -40,7 +40,7 @@ class Settings:
     """Every field is a flag. The defaults are those of the README's figures; RECIPES holds what the others need."""
     tasks: str = flag("mlp", "what it learns from: families of tasks, joined by commas, or all")
     num_tasks: int = flag(0, "tasks of each family, each measured against its own tuned Adam (0: ever new ones, against their start)")
-    optimizer: str = flag("hierarchical", "what to meta-train: hierarchical (P2) or per_parameter_mlp (P1)")
+    optimizer: str = flag("hierarchical", "what to meta-train: hierarchical (P2), per_parameter_mlp (P1) or component_lstm")
     output: str = flag("anchored", "form of the optimizer's step: anchored (on Adam's) or papers")
     estimator: str = flag("truncated_backprop", "of the meta-gradient: truncated_backprop, es, merged, pes or combined")
     target: str = flag("valid", "the loss that theta is for: valid (held-out batches, as both papers advise) or train")
@@ -56,6 +56,7 @@ class Settings:
     clip: float = flag(0.3, "largest norm of one trajectory's pathwise gradient")
     learning_rate: float = flag(6e-3, "of the outer Adam at its start")
     decay_steps: float = flag(32.0, "outer steps after which that rate has halved; later it falls like 1 / step")
+    outer_optimizer: str = flag("", "theta.npz of a learned optimizer that moves theta in Adam's place, without its rate and decay")
     fit: int = flag(128, "meta-training tasks of each family that fit the step size at the end (0: leave it; anchored only)")
     compare: int = flag(64, "held-out tasks of each family in the comparison at the end")
 
@@ -141,7 +142,7 @@ def families(settings):
 
 def sizes(settings):
     """The arguments of the optimizer to be learned; saved with it."""
-    return {"anchored": settings.output == "anchored"}
+    return {} if settings.optimizer == "component_lstm" else {"anchored": settings.output == "anchored"}
 
 
 def watched(family, target):
@@ -184,14 +185,18 @@ def make_outer(settings):
         family = tasks.FAMILIES[name]()
         pool = make_pool(settings, family)
         each[name] = make(inner_problem(family, learned, settings.target, settings.horizon, settings.adjoint, pool))
-    adam = model.nadamw(settings.learning_rate, nesterov=False, warmup=10)
+    outer = model.nadamw(settings.learning_rate, nesterov=False, warmup=10)
+    if settings.outer_optimizer:
+        mover, its_theta = model.load(settings.outer_optimizer)
+        outer = mover.optimizer(its_theta)
 
     def start(key):
         theta_key, particle_key = jax.random.split(key)
         theta = learned.init(theta_key)
+        moved = theta if settings.outer_optimizer else ravel_pytree(theta)[0]
         particles = {name: estimator.init(theta, particle_key) for name, estimator in each.items()}
         smoothed = dict.fromkeys(each, jnp.float32(jnp.nan))
-        return Run(theta, theta, adam.init(ravel_pytree(theta)[0]), particles, jnp.int32(0), smoothed)
+        return Run(theta, theta, outer.init(moved), particles, jnp.int32(0), smoothed)
 
     def outer_step(name, run, key):
         key = jax.random.fold_in(key, run.step)
@@ -200,11 +205,15 @@ def make_outer(settings):
         theta, unravel = ravel_pytree(run.theta)
         average, _ = ravel_pytree(run.average)
         clipped = jnp.clip(gradient, -0.1, 0.1)  # P2: without this no training occurs
-        updates, opt_state = adam.update(clipped, run.opt_state)
         loss, before = metrics["loss"], run.smoothed[name]
+        if settings.outer_optimizer:  # there are no validation losses of the outer problem (P2 appendix F.4)
+            updates, opt_state = outer.update(unravel(clipped), run.opt_state, run.theta, loss=loss, valid_loss=loss)
+            updates, rate = ravel_pytree(updates)[0], 1.0
+        else:  # most is learned early; what comes later needs averaging
+            updates, opt_state = outer.update(clipped, run.opt_state)
+            rate = 1 / (1 + run.step / settings.decay_steps)
         smoothed = jnp.where(jnp.isnan(before), loss, 0.97 * before + 0.03 * loss)
         row = metrics | {"step": run.step + 1, "smoothed": smoothed, "gradient": jnp.linalg.norm(gradient)}
-        rate = 1 / (1 + run.step / settings.decay_steps)  # most is learned early; what comes later needs averaging
         theta = theta + rate * updates
         average = average + 2 / (run.step + 2) * (theta - average)  # weights 1, 2, 3, ...: the noise of single steps averages out
         return Run(unravel(theta), unravel(average), opt_state, run.particles | {name: particles}, run.step + 1,

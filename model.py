@@ -273,6 +273,43 @@ def per_parameter_mlp(hidden=32, layers=1, anchored=True):
     return LearnedOptimizer(init, optimizer)
 
 
+# ---------------------------------------------------------------- before them: an LSTM, run on each parameter
+
+def lstm_cell(gates, c):
+    """Input gate, candidate, forget gate, output gate, all before their nonlinearity, and the cell -> the next (h, c)."""
+    i, g, f, o = gates
+    c = jax.nn.sigmoid(f + 1) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+    return jax.nn.sigmoid(o) * jnp.tanh(c), c
+
+
+def component_lstm(hidden=20):
+    """Andrychowicz et al. 2016: two LSTM layers read each parameter's gradient, its size (over a range of e^20) and its sign
+    apart, and remember what they like; the step is a tenth of what the second puts out."""
+    def init(key):
+        keys = jax.random.split(key, 3)
+        return {**dense_init(keys[0], "lstm0", 2 + hidden, 4 * hidden), **dense_init(keys[1], "lstm1", 2 * hidden, 4 * hidden),
+                "step/w": 0.01 * jax.random.truncated_normal(keys[2], -2, 2, (hidden,))}
+
+    def optimizer(theta):
+        theta = scaled(theta)
+
+        def update(grads, state, params, **extra):
+            g, unravel = ravel_pytree(grads)
+            small = jnp.abs(g) < np.exp(-10)
+            x = jnp.stack([jnp.where(small, -1.0, jnp.log(jnp.abs(g) + 1e-30) / 10), jnp.where(small, np.exp(10) * g, jnp.sign(g))])
+            layers = []
+            for i, (h, c) in enumerate(state):
+                gates = theta[f"lstm{i}/w"].T @ jnp.concatenate([x, h]) + theta[f"lstm{i}/b"][:, None]
+                layers.append(lstm_cell(jnp.split(gates, 4), c))
+                x = layers[-1][0]
+            return unravel(0.1 * theta["step/w"] @ x), tuple(layers)
+
+        zeros = lambda params: jnp.zeros((hidden, sum(sizes(params))))
+        return Optimizer(lambda params: ((zeros(params),) * 2,) * 2, update)
+
+    return LearnedOptimizer(init, optimizer)
+
+
 # ---------------------------------------------------------------- P2: an LSTM per tensor steers an MLP per parameter
 
 TRAIN_DECAY, VALID_DECAY = 0.9, 0.95
@@ -392,9 +429,7 @@ def hierarchical(lstm=32, hidden=16, anchored=True):
 
         def lstm_step(x, h, c):
             """All tensors at once: x [tensors, inputs], h, c [tensors, lstm]."""
-            i, g, f, o = jnp.split(dense(theta, "lstm", jnp.concatenate([x, h], 1)), 4, axis=1)
-            c = jax.nn.sigmoid(f + 1) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-            return jax.nn.sigmoid(o) * jnp.tanh(c), c
+            return lstm_cell(jnp.split(dense(theta, "lstm", jnp.concatenate([x, h], 1)), 4, axis=1), c)
 
         def mlp(features, bias):
             """features [23, parameters], bias [hidden, parameters] -> last hidden layer [hidden, parameters]."""
@@ -437,7 +472,7 @@ def hierarchical(lstm=32, hidden=16, anchored=True):
 
 # ---------------------------------------------------------------- on disk
 
-LEARNED = {"per_parameter_mlp": per_parameter_mlp, "hierarchical": hierarchical}
+LEARNED = {"per_parameter_mlp": per_parameter_mlp, "hierarchical": hierarchical, "component_lstm": component_lstm}
 
 
 def save(path, name, theta, **facts):

@@ -1,12 +1,15 @@
 """The experiments' numbers against closed forms; their command line."""
+import csv
 import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import experiments
+import model
 from evaluate import plt
 
 
@@ -80,3 +83,51 @@ def test_an_unknown_experiment_and_a_folder_that_cannot_be_are_refused(tmp_path)
         program = os.path.join(os.path.dirname(experiments.__file__), "experiments.py")
         done = subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, timeout=100)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+def test_sgd_goes_to_the_nearest_point_of_the_valley():
+    """On (x - y)^2 / 2 the sum x + y stays as it is and the difference shrinks by 1 - 2 lr in each step."""
+    paths = np.array(experiments.valley_paths(model.sgd(0.01), 100))
+    assert paths.shape == (49, 101, 2)
+    np.testing.assert_allclose(paths[:, -1].sum(1), paths[:, 0].sum(1), atol=1e-5)
+    np.testing.assert_allclose(np.diff(paths[:, -1]), 0.98 ** 100 * np.diff(paths[:, 0]), atol=1e-5)
+
+
+def test_the_letters_of_a_small_data_set():
+    data = experiments.letter_data(50, seed=0)
+    assert data["x_train"].shape == (50, 16, 16) and (np.bincount(data["y_train"]) == 5).all()
+    rows = {x.tobytes() for x in data["x_train"]}
+    assert not rows & {x.tobytes() for x in data["x_test"]} and len(data["x_test"]) == len(data["y_test"])
+    for label in range(10):  # an image is filed under its own letter
+        own = {x.tobytes() for x in experiments.tasks.letters()["held_out/train"][label]}
+        assert all(x.tobytes() in own for x in data["x_train"][data["y_train"] == label])
+
+
+def test_the_validation_loss_can_be_replaced():
+    """The optimizer inside sees what `given` makes of the loss and of all validation losses so far."""
+    seen = []
+    inner = model.Optimizer(lambda params: (), lambda grads, state, params, loss, valid_loss: (seen.append(float(valid_loss)) or grads, ()))
+    replaced = experiments.with_valid_loss(inner, 4, lambda loss, past, t: 10 * loss + past[0] + past[t])
+    state = replaced.init({"x": np.ones(2)})
+    for t in range(3):
+        _, state = replaced.update({}, state, {}, loss=t, valid_loss=1.0 + t)
+    np.testing.assert_allclose(seen, [0 + 1 + 1, 10 + 1 + 2, 20 + 1 + 3])
+
+
+def test_a_behaviour_of_no_optimizer_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for theta in ([], ["--theta", "missing.npz"]):
+        with pytest.raises(SystemExit) as stopped:
+            experiments.main(["regularisation", *theta])
+        assert stopped.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()[-1].split(". ")) <= 2
+
+
+def test_a_behaviour_from_the_command_line(tmp_path):
+    theta = model.per_parameter_mlp(hidden=4).init(jax.random.key(0))
+    model.save(tmp_path / "theta.npz", "per_parameter_mlp", theta, sizes={"hidden": 4})
+    experiments.main(["regularisation", "--theta", str(tmp_path / "theta.npz"), "--out", str(tmp_path)])
+    with open(tmp_path / "regularisation.csv") as file:
+        found = {row["optimizer"]: row for row in csv.DictReader(file)}
+    np.testing.assert_allclose(float(found["SGD"]["distance_along_the_diagonal"]), 1, rtol=1e-4)
+    adam, learned = (float(found[name]["distance_along_the_diagonal"]) for name in ("Adam", "learned"))
+    np.testing.assert_allclose(adam, learned, rtol=1e-3)  # untrained, it is Adam at a rate of 0.01

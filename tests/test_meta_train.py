@@ -230,6 +230,22 @@ def test_a_run_that_only_explodes_stops_and_leaves_the_last_good_save(monkeypatc
         assert [int(row["capped"]) for row in csv.DictReader(file)] == [0] * 3 + [40] * 20
 
 
+def test_a_learned_optimizer_can_move_theta(monkeypatch, tmp_path):
+    """One that was never trained is Adam at a rate of 0.01; the program's own Adam begins at a tenth of its rate."""
+    monkeypatch.setitem(meta_train.tasks.FAMILIES, "function", lambda: bowl(2))
+    model.save(tmp_path / "mover.npz", "per_parameter_mlp", model.per_parameter_mlp().init(jax.random.key(5)))
+    moves = []
+    for extra in (dict(outer_optimizer=str(tmp_path / "mover.npz")), dict(learning_rate=0.01)):
+        settings = meta_train.Settings(tasks="function", optimizer="per_parameter_mlp", horizon=20, truncation=20, **extra)
+        begin, outer_steps = meta_train.make_outer(settings)
+        run = begin(jax.random.key(0))
+        after, _ = outer_steps["function"](run, jax.random.key(0))
+        moves.append({name: np.array(after.theta[name] - x) for name, x in run.theta.items()})
+    for name in moves[0]:
+        np.testing.assert_allclose(moves[0][name], 10 * moves[1][name], rtol=1e-2, atol=2e-5)  # of differences of rounded numbers
+    assert np.abs(moves[0]["log_lr"]) > 0.009
+
+
 def test_families_take_turns(monkeypatch, tmp_path, capsys):
     families, key = meta_train.tasks.FAMILIES, jax.random.key(0)
     monkeypatch.setitem(families, "mlp", lambda: bowl(2))

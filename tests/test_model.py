@@ -84,6 +84,27 @@ def test_adam8p():
     check(model.adam8p(0.01, 0.9, 0.999, 1e-8, 0.3, 0.2, 0.1, 0.02), rule)
 
 
+def test_the_component_lstm_against_a_plain_loop_over_parameters():
+    learned, sigmoid = model.component_lstm(hidden=3), lambda x: 1 / (1 + np.exp(-x))
+    theta = learned.init(jax.random.key(0)) | {"lstm0/b": jnp.linspace(-1, 1, 12), "lstm1/b": jnp.linspace(1, -1, 12)}
+    path, wide = run(learned.optimizer(theta), steps=3), {k: np.float64(x) for k, x in theta.items()}
+    for name in SHAPES:
+        for place, w in np.ndenumerate(np.float64(tree(0)[name])):
+            state = [(np.zeros(3), np.zeros(3)) for _ in range(2)]
+            for t in range(1, 4):
+                g = float(tree(t, scale=0.1 * t)[name][place])
+                x = np.array([np.log(abs(g)) / 10, np.sign(g)]) if abs(g) >= np.exp(-10) else np.array([-1, np.exp(10) * g])
+                for layer in range(2):
+                    h, c = state[layer]
+                    inputs = np.concatenate([x, h])
+                    i, candidate, f, o = np.split(inputs @ wide[f"lstm{layer}/w"] / np.sqrt(len(inputs)) + wide[f"lstm{layer}/b"], 4)
+                    c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(candidate)
+                    x = sigmoid(o) * np.tanh(c)
+                    state[layer] = x, c
+                w = w + 0.1 * x @ wide["step/w"]
+                np.testing.assert_allclose(path[t - 1][name][place], w, rtol=1e-4, atol=1e-5)
+
+
 LEARNED = [model.per_parameter_mlp, functools.partial(model.per_parameter_mlp, layers=2), model.hierarchical]
 
 
