@@ -142,7 +142,9 @@ def families(settings):
 
 def sizes(settings):
     """The arguments of the optimizer to be learned; saved with it."""
-    return {} if settings.optimizer == "component_lstm" else {"anchored": settings.output == "anchored"}
+    if settings.optimizer == "component_lstm":
+        return {}
+    return {"anchored": settings.output == "anchored", "horizon": settings.horizon}
 
 
 def watched(family, target):

@@ -241,9 +241,18 @@ def memory_init(params):
     return Memory(zeros, zeros, jnp.int32(0))
 
 
-def per_parameter_mlp(hidden=32, layers=1, anchored=True):
+def slowing(t, horizon):
+    """What the steps are multiplied by at time t: 1, and (horizon / t)^2 once that is longer than meta-training ever was.
+
+    Time stands still for the features then, too. Without this project's addition, five times the horizon ruins most tasks.
+    """
+    return (horizon / jnp.maximum(t, horizon)) ** 2
+
+
+def per_parameter_mlp(hidden=32, layers=1, anchored=True, horizon=400):
     """P1's optimizer (its released code; `layers=2` is the later LOLv2): features of one parameter and the time go
     through `layers` hidden layers of `hidden` units to a direction and a magnitude, with the same weights everywhere.
+    `horizon` is the number of steps it is meta-trained for, see `slowing`.
     """
     def init(key):
         keys = jax.random.split(key, layers + 1)
@@ -260,13 +269,13 @@ def per_parameter_mlp(hidden=32, layers=1, anchored=True):
             g, _ = ravel_pytree(grads)
             m, v, t = averages(memory.m, g), averages(memory.v, g * g), memory.t + 1
             w_own, w_time = jnp.split(theta["mlp0/w"], [ODD])
-            bias = tanh_times(t) @ w_time + theta["mlp0/b"]
+            bias = tanh_times(jnp.minimum(t, horizon)) @ w_time + theta["mlp0/b"]
             features = normalised(parameter_features(g, w, m, v), v[B2] > 0, sizes(params))
             h = w_own.T @ features + bias[:, None]
             for i in range(1, layers):
                 h = theta[f"mlp{i}/w"].T @ jax.nn.relu(h) + theta[f"mlp{i}/b"][:, None]
             updates = step(theta, jax.nn.relu(h), features, sizes(params), directions(m, v, t)[B1])
-            return unravel(updates), Memory(m, v, t)
+            return unravel(slowing(t, horizon) * updates), Memory(m, v, t)
 
         return Optimizer(memory_init, update)
 
@@ -360,13 +369,14 @@ class HierarchicalState(NamedTuple):
 FEEDBACK, CONTEXT, CONDITION = 16, 18, 17  # sizes of P2's three messages: MLP to LSTM, LSTM to LSTM, LSTM to MLP
 
 
-def hierarchical(lstm=32, hidden=16, anchored=True):
+def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
     """P2's optimizer (section 3.3 and appendix C; the papers' sizes are lstm=64, hidden=32).
 
     Per tensor, an LSTM reads statistics of momenta, second moments, weights, gradient and shape, how the training and
     the validation loss compare with the recent training loss, what the tensor's MLP reported, and the mean of all LSTMs.
     Per parameter, an MLP with two hidden layers reads that parameter's features, sinusoids of time, and the LSTM's
-    message. Gradients are clipped at a learned multiple of their running size; all initial states are learned.
+    message. Gradients are clipped at a learned multiple of their running size; all initial states are learned. After
+    `horizon` steps, the number it is meta-trained for, the LSTM rests and the steps shrink, see `slowing`.
     Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads how well the gradients agree and how
     many have vanished, and where the output is anchored, these, the time, the losses and the LSTM steer the step directly.
     """
@@ -448,20 +458,23 @@ def hierarchical(lstm=32, hidden=16, anchored=True):
             surprises = loss_features(train, valid, loss)
             everywhere = jnp.tile(jnp.concatenate([surprises, state.context]), (len(count), 1))
             h, c = lstm_step(jnp.concatenate([known, signal.T / 10, rest[:, None], everywhere, state.feedback], 1), state.h, state.c)
+            h, c = jnp.where(t > horizon, state.h, h), jnp.where(t > horizon, state.c, c)
+            clock = jnp.minimum(t, horizon)
 
             logs = [jnp.full(len(count), np.log(len(count)) - 1), 0.5 * jnp.log(count * w_square + 1e-8),
                     np.log(np.maximum(count, 1))]
-            time = jnp.tile(jnp.sin(t / (np.pi * timescales)), (1, len(count)))
+            time = jnp.tile(jnp.sin(clock / (np.pi * timescales)), (1, len(count)))
             condition = jnp.concatenate([dense(theta, "condition", h).T, jnp.stack(logs), time])  # [shared, tensors]
             bias = theta["mlp0/w"][own:].T @ condition + theta["mlp0/b"][:, None]
             steer = None
             if anchored:  # P1's times from 10 to 3000 steps; the others hardly change in an episode
-                common = jnp.tile(jnp.concatenate([tanh_times(t)[1:7], surprises])[:, None], len(count))
+                common = jnp.tile(jnp.concatenate([tanh_times(clock)[1:7], surprises])[:, None], len(count))
                 steer = theta["steer"].T @ jnp.concatenate([h.T, common, signal, rest[None]])  # [1 + ODD, tensors]
             features = normalised(jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8),
                                                    v, jax.lax.rsqrt(v + 1e-6)]), v[B2] > 0, count)
             hidden_layer = mlp(features, per_parameter(bias, count))
-            return unravel(step(theta, hidden_layer, features, count, adams[B1], steer)), HierarchicalState(
+            updates = slowing(t, horizon) * step(theta, hidden_layer, features, count, adams[B1], steer)
+            return unravel(updates), HierarchicalState(
                 Memory(m, v, t), h, c, dense(theta, "feedback", per_tensor(hidden_layer, count).T),
                 jnp.mean(dense(theta, "context", h), 0), train, valid, size)
 

@@ -109,6 +109,23 @@ LEARNED = [model.per_parameter_mlp, functools.partial(model.per_parameter_mlp, l
 
 
 @pytest.mark.parametrize("make", LEARNED)
+def test_steps_shrink_beyond_the_horizon(make):
+    """With a silent output layer they are Adam's until then, and (horizon / t)^2 of them afterwards."""
+    learned = make(horizon=4)
+    theta = learned.init(jax.random.key(0)) | {"log_lr": jnp.log(0.01)}
+    if "clip/log_multiple" in theta:
+        theta["clip/log_multiple"] = jnp.float32(20)  # no clipping
+    optimizer, adam, params = learned.optimizer(theta), model.adam(0.01), tree(0)
+    state, adams = optimizer.init(params), adam.init(params)
+    update = jax.jit(optimizer.update)
+    for t in range(1, 9):
+        mine, state = update(tree(t), state, params, loss=1.0, valid_loss=2.0)
+        theirs, adams = adam.update(tree(t), adams)
+        share = 1 if t <= 4 else (4 / t) ** 2
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, share * b, rtol=1e-4, atol=1e-7), mine, theirs)
+
+
+@pytest.mark.parametrize("make", LEARNED)
 def test_anchored_with_a_silent_output_layer_is_adam(make):
     learned = make()
     theta = learned.init(jax.random.key(0)) | {"log_lr": jnp.log(0.01)}
