@@ -58,7 +58,6 @@ def adam8p(setting, horizon):
 
 ADAM8P = dict(learning_rate=(1e-8, 10), b1=(1e-4, 1), b2=(1e-6, 1), eps=(1e-10, 1e3), l1=(1e-8, 10), l2=(1e-8, 10),
               linear=(1e-7, 1e-4), exponential=(1e-6, 1e-3))  # P2 appendix D
-NADAMW_ORDER = tuple(range(10))  # `experiments.py nadamw-list`
 BASELINES = {  # name: (optimizer(setting, horizon), settings)
     "SGD": (lambda rate, horizon: model.sgd(30 * rate), RATES),
     "momentum": (lambda rate, horizon: model.momentum(3 * rate), RATES),
@@ -66,7 +65,7 @@ BASELINES = {  # name: (optimizer(setting, horizon), settings)
     "Adam": (lambda rate, horizon: model.adam(rate), RATES),
     "Adam + cosine": (lambda rate, horizon: model.nadamw(rate, nesterov=False, horizon=horizon), RATES),
 }
-SEARCHES = {"NAdamW, list of 10": (nadamw, nadamw_settings(NADAMW_ORDER)), "Adam8p, 10 draws": (adam8p, settings_at_random(1, 10, ADAM8P))}
+SEARCHES = {"NAdamW, 10 draws": (nadamw, nadamw_settings(range(10))), "Adam8p, 10 draws": (adam8p, settings_at_random(1, 10, ADAM8P))}
 
 
 def learning_curve(family, optimizer, key, horizon):

@@ -237,7 +237,7 @@ def compiled(start, outer_steps, key):
     """
     like = jax.eval_shape(start, key)
     pool = concurrent.futures.ThreadPoolExecutor(max(1, os.cpu_count() // 2))
-    programs = {name: pool.submit(lambda step: step.lower(like, key).compile(), step) for name, step in outer_steps.items()}
+    programs = {name: pool.submit(step.lower(like, key).compile) for name, step in outer_steps.items()}
     pool.shutdown(wait=False)
     return start(key), programs
 
