@@ -321,7 +321,8 @@ def crossover(axis, seed, count=2000, horizon=16):
             rows += [{"panel": "crossover", "estimator": name, "pairs": pairs, "x": k, "value": e}
                      for k, e in zip(truncations, errors)]
     axis.set_xscale("log", base=2)
-    axis.set(xlabel=f"truncation K of T = {horizon} steps", ylabel="mean squared error", title="linear-quadratic problem")
+    axis.set(xlabel=f"truncation K of T = {horizon} steps", ylabel="mean squared error", title="linear-quadratic problem",
+             ylim=(0.02, None))  # room for the legend
     return rows
 
 
