@@ -147,6 +147,7 @@ def sizes(settings):
     return {"anchored": settings.output == "anchored", "horizon": settings.horizon}
 
 
+@functools.cache
 def watched(family, target):
     """The family with the batches of the outer loss where `evaluate.learning_curves` asks for the test split's."""
     return family._replace(batch=lambda task, key, split: family.batch(task, key, SPLITS[target] if split == "test" else split))

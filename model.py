@@ -4,6 +4,7 @@ Hand-designed and learned optimizers share one signature (optax's), so nothing t
 P1: Metz et al. 2019, arXiv 1810.10180. P2: Metz et al. 2020, arXiv 2009.11243. Inside, arrays are feature-major:
 [features, parameters], with the long axis last.
 """
+import functools
 import json
 import os
 import zipfile
@@ -22,6 +23,7 @@ class Optimizer(NamedTuple):
 
 
 class LearnedOptimizer(NamedTuple):
+    """Those below are made once for the same arguments, so that what is compiled for one is found again."""
     init: Callable       # init(key) -> theta, a flat dict of float32 arrays
     optimizer: Callable  # optimizer(theta) -> Optimizer
 
@@ -249,6 +251,7 @@ def slowing(t, horizon):
     return (horizon / jnp.maximum(t, horizon)) ** 2
 
 
+@functools.cache
 def per_parameter_mlp(hidden=32, layers=1, anchored=True, horizon=400):
     """P1's optimizer (its released code; `layers=2` is the later LOLv2): features of one parameter and the time go
     through `layers` hidden layers of `hidden` units to a direction and a magnitude, with the same weights everywhere.
@@ -291,6 +294,7 @@ def lstm_cell(gates, c):
     return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
 
+@functools.cache
 def component_lstm(hidden=20):
     """Andrychowicz et al. 2016: two LSTM layers read each parameter's gradient, its size (over a range of e^20) and its sign
     apart, and remember what they like; the step is a tenth of what the second puts out."""
@@ -369,6 +373,7 @@ class HierarchicalState(NamedTuple):
 FEEDBACK, CONTEXT, CONDITION = 16, 18, 17  # sizes of P2's three messages: MLP to LSTM, LSTM to LSTM, LSTM to MLP
 
 
+@functools.cache
 def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
     """P2's optimizer (section 3.3 and appendix C; the papers' sizes are lstm=64, hidden=32).
 

@@ -20,6 +20,7 @@ SPLITS = ("train", "inner_valid", "outer_valid", "test")
 
 
 class TaskFamily(NamedTuple):
+    """Those below are made once for the same arguments, so that what is compiled for one is found again."""
     name: str
     sample: Callable  # sample(key) -> task, a pytree of arrays
     init: Callable    # init(task, key) -> params, a pytree of float32 arrays
@@ -212,6 +213,7 @@ class MLPTask(NamedTuple):
     init_scale: jax.Array   # standard deviation of a weight times sqrt(its fan-in)
 
 
+@functools.cache
 def mlp(pool="meta_train", max_depth=2, max_width=32, max_batch=64, num_classes=10):
     """Classification of 8x8 letters by fully connected nets (P2's and TaskSet's `mlp`, with P1's disjoint classes).
 
@@ -277,6 +279,7 @@ def patches(x, stride):
     return jnp.concatenate([x[:, i:i + height:stride, j:j + width:stride] for i in range(3) for j in range(3)], -1)
 
 
+@functools.cache
 def conv(pool="meta_train", max_channels=8, max_batch=32, num_classes=10):
     """Classification of 8x8 letters by one or two 3x3 convolutions and a linear head (TaskSet's conv_fc and conv_pooling).
 
@@ -357,6 +360,7 @@ class AutoencoderTask(NamedTuple):
     variational: jax.Array  # whether the code is drawn, and its divergence from a standard normal part of the loss
 
 
+@functools.cache
 def autoencoder(pool="meta_train", max_width=24, max_code=12, max_batch=64):
     """8x8 letters through a bottleneck (TaskSet's mlp_ae and mlp_vae), one hidden layer on each side.
 
@@ -437,6 +441,7 @@ class RNNTask(NamedTuple):
     init_scale: jax.Array
 
 
+@functools.cache
 def rnn(pool="meta_train", max_width=16, max_embedding=12, max_length=16, max_batch=8):
     """Character-level language modelling of Python's documentation (TaskSet's char_rnn_lm).
 
@@ -545,6 +550,7 @@ def log_sum_exp(x, real):
 FUNCTIONS = (rosenbrock, styblinski_tang, ackley, chain, log_sum_exp)  # beside the quadratic and the norm; all have minimum 0 at 0
 
 
+@functools.cache
 def function(pool="meta_train", max_size=64):
     """Functions with known minimum 0: quadratics, powers of norms, Rosenbrock, Styblinski-Tang, Ackley and others, in 2 to 64
     dimensions (TaskSet's quadratic and Wichrowska et al. 2017).

@@ -340,11 +340,15 @@ def test_the_fit_never_looks_at_the_test_split(target, split, monkeypatch):
     np.testing.assert_allclose(fitted["log_lr"] - theta["log_lr"], -0.2, atol=0.02)
 
 
-def test_the_fit_slows_down_what_is_far_too_fast():
+def test_the_fit_slows_down_what_is_far_too_fast_and_compiles_once():
     """Adam (the output layer is silent) at a rate of 0.3; the losses, not the parabola, must say that less is better."""
     settings = meta_train.Settings(optimizer="per_parameter_mlp", horizon=20, truncation=20, fit=8)
     theta = model.per_parameter_mlp().init(jax.random.key(0)) | {"log_lr": jnp.log(0.3)}
-    assert meta_train.fit_step_size(settings, theta)["log_lr"] < theta["log_lr"] - 0.5
+    slower = meta_train.fit_step_size(settings, theta)
+    assert slower["log_lr"] < theta["log_lr"] - 0.5
+    compiled = evaluate.learning_curves._cache_size()
+    meta_train.fit_step_size(settings, slower)
+    assert evaluate.learning_curves._cache_size() == compiled
 
 
 def test_the_fit_multiplies_the_step_size_and_nothing_else(whole):
