@@ -640,7 +640,7 @@ def held_out_adam(family, keys, horizon):
 
 
 def architectures(seed, runs=3, minutes=3.0, looks=3, count=32, horizon=400):
-    """Four optimizers, meta-trained on the same tasks for the same time (P2 figure 2a). Three quarters of an hour."""
+    """Every learned optimizer of model.py, meta-trained on the same tasks for the same time (P2 figure 2a). Half an hour."""
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     family, keys, rows = tasks.mlp("held_out"), jax.random.split(jax.random.key(seed), count), []
     adam = held_out_adam(family, keys, horizon)
