@@ -36,15 +36,8 @@ def settings_at_random(seed, count, ranges):
     return {name: np.float32(tasks.log_uniform(u, low, high)) for u, (name, (low, high)) in zip(draws.T, ranges.items())}
 
 
-def nadamw_settings(order):
-    """Of 300 random settings (after TaskSet's), those at `order`."""
-    drawn = settings_at_random(0, 300, dict(learning_rate=(1e-4, 1), b1=(1e-2, 1), b2=(1e-4, 1), eps=(1e-9, 1e-2),
-                                            weight_decay=(1e-5, 1), warmup=(1e-3, 0.3)))
-    return {name: x[list(order)] for name, x in drawn.items()}
-
-
 def nadamw(setting, horizon):
-    """NAdamW at one of `nadamw_settings`: its b1 and b2 are 1 less the decays, its warm-up a share of the horizon."""
+    """NAdamW at a random setting: its b1 and b2 are 1 less the decays, its warm-up a share of the horizon."""
     return model.nadamw(setting["learning_rate"], 1 - setting["b1"], 1 - setting["b2"], setting["eps"],
                         weight_decay=setting["weight_decay"], warmup=setting["warmup"] * horizon, horizon=horizon)
 
@@ -56,6 +49,7 @@ def adam8p(setting, horizon):
                         faster * setting["linear"], faster * setting["exponential"])
 
 
+NADAMW = dict(learning_rate=(1e-4, 1), b1=(1e-2, 1), b2=(1e-4, 1), eps=(1e-9, 1e-2), weight_decay=(1e-5, 1), warmup=(1e-3, 0.3))
 ADAM8P = dict(learning_rate=(1e-8, 10), b1=(1e-4, 1), b2=(1e-6, 1), eps=(1e-10, 1e3), l1=(1e-8, 10), l2=(1e-8, 10),
               linear=(1e-7, 1e-4), exponential=(1e-6, 1e-3))  # P2 appendix D
 BASELINES = {  # name: (optimizer(setting, horizon), settings)
@@ -65,7 +59,7 @@ BASELINES = {  # name: (optimizer(setting, horizon), settings)
     "Adam": (lambda rate, horizon: model.adam(rate), RATES),
     "Adam + cosine": (lambda rate, horizon: model.nadamw(rate, nesterov=False, horizon=horizon), RATES),
 }
-SEARCHES = {"NAdamW, 10 draws": (nadamw, nadamw_settings(range(10))), "Adam8p, 10 draws": (adam8p, settings_at_random(1, 10, ADAM8P))}
+SEARCHES = {"NAdamW, 10 draws": (nadamw, settings_at_random(0, 10, NADAMW)), "Adam8p, 10 draws": (adam8p, settings_at_random(1, 10, ADAM8P))}
 
 
 def learning_curve(family, optimizer, key, horizon):

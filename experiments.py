@@ -89,28 +89,6 @@ def gallery(seed, count=6, horizon=200):
     return figure, rows
 
 
-# ---------------------------------------------------------------- a fair opponent
-
-def nadamw_list(seed, count=16, length=100):
-    """Which of 300 random NAdamW settings to try first (P2's opt_list in spirit): greedily, each place goes to the one that
-    lowers the final loss of the best so far most, in the mean over meta-training tasks of all families. Half an hour."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    keys, settings = jax.random.split(jax.random.key(2 ** 31 + seed), count), evaluate.nadamw_settings(range(300))
-    make_optimizer = functools.partial(evaluate.nadamw, horizon=meta_train.Settings.horizon)
-    curves = [evaluate.kept_curves(family(), make_optimizer, jax.tree.map(jnp.asarray, settings), keys, meta_train.Settings.horizon)[..., 1]
-              for family in tasks.FAMILIES.values()]
-    values = np.concatenate([evaluate.figures(c, evaluate.final_loss) / c[:, :, 0] for c in curves])  # [tasks, 300]
-    found, rows = np.ones(len(values)), []
-    for place in range(length):
-        setting = int(np.minimum(found[:, None], values).mean(0).argmin())
-        found = np.minimum(found, values[:, setting])
-        rows.append({"place": place, "setting": setting, "mean_loss": found.mean()})
-    axis.semilogx(1 + np.arange(length), [row["mean_loss"] for row in rows])
-    axis.set(xlabel="settings tried", ylabel="final loss / start", title="NAdamW, best so far")
-    print([row["setting"] for row in rows])
-    return figure, rows
-
-
 # ---------------------------------------------------------------- how the outer loss looks
 
 def quartic(horizon):
@@ -705,7 +683,7 @@ def self_training(seed, path, steps=400, horizon=100, rates=(1e-3, 3e-3, 1e-2, 3
     return figure, rows
 
 
-EXPERIMENTS = {"gallery": gallery, "nadamw-list": nadamw_list, "landscape": landscape, "truncation-bias": truncation_bias, "variance": variance,
+EXPERIMENTS = {"gallery": gallery, "landscape": landscape, "truncation-bias": truncation_bias, "variance": variance,
                "cost": cost, "race": race, "longer": longer, "architectures": architectures, "num-tasks": num_tasks}
 BEHAVIOURS = {"generalisation": generalisation, "regularisation": regularisation, "adaptation": adaptation,
               "validation-feature": validation_feature, "wall-clock": wall_clock, "self-training": self_training}

@@ -386,10 +386,11 @@ def alone(folder):
     """Inside, no other run can use the folder; however this process ends, it can then. ValueError if one is at work there."""
     held = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"Another run is at work in {folder}: wait for it, or choose another folder.") from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"Another run is at work in {folder}: wait for it, or choose another folder.") from None
     finally:
         os.close(held)
 

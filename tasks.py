@@ -688,10 +688,3 @@ def check_dataset(arrays, net):
 
 
 FAMILIES = {"mlp": mlp, "conv": conv, "autoencoder": autoencoder, "rnn": rnn, "function": function}
-
-
-if __name__ == "__main__":  # a table and a picture of the families, drawn by modules that this one must not know
-    import evaluate
-    import experiments
-    evaluate.configure_jax()
-    experiments.main(["gallery"])
