@@ -245,15 +245,17 @@ def over_pairs(pair, problem, num_pairs, truncation, horizon, cap, persistent=Fa
     return Estimator(init, estimate)
 
 
-def sharding(n):
-    """How to lay out n rows over as many devices as divide n."""
-    devices = max(d for d in range(1, jax.device_count() + 1) if n % d == 0)
-    mesh = jax.make_mesh((devices,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
+def sharding(n, alone=False):
+    """How to lay out n rows over as many devices as divide n: the same number from each process; `alone`, from this one only."""
+    processes = [jax.local_devices()] if alone else [jax.local_devices(i) for i in range(jax.process_count())]
+    share = max(d for d in range(1, len(processes[0]) + 1) if n % (d * len(processes)) == 0)
+    devices = [device for process in processes for device in process[:share]]
+    mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
     return jax.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
 
 
-def over_devices(f, n):
-    """-> a function of (shared, n rows) that gives f(shared, row) of each row, stacked; the devices share the rows out.
+def over_devices(f, n, alone=False):
+    """-> a function of (shared, n rows) that gives f(shared, row) of each row, stacked; the devices of `sharding` share them out.
 
     A CPU takes its rows one after another: what a row needs then stays in its cache, and XLA's code for CPUs is slower
     with a batch dimension than without. Other devices take all of theirs at once.
@@ -262,7 +264,7 @@ def over_devices(f, n):
         one = functools.partial(f, shared)
         return jax.lax.map(one, rows) if jax.default_backend() == "cpu" else jax.vmap(one)(rows)
 
-    rows, everywhere = sharding(n), jax.sharding.PartitionSpec()
+    rows, everywhere = sharding(n, alone), jax.sharding.PartitionSpec()
     return jax.shard_map(each, mesh=rows.mesh, in_specs=(everywhere, rows.spec), out_specs=rows.spec, check_vma=False)
 
 

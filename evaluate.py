@@ -92,7 +92,7 @@ def learning_curves(family, make_optimizer, hyper, keys, horizon):
         keys, hyper = shared
         return learning_curve(family, make_optimizer(jax.tree.map(lambda x: x[row[1]], hyper)), keys[row[0]], horizon)
 
-    curves = estimators.over_devices(one, len(i))((keys, hyper), (i, j))
+    curves = estimators.over_devices(one, len(i), alone=True)((keys, hyper), (i, j))
     return curves.reshape(len(keys), settings, *curves.shape[1:])
 
 
@@ -380,12 +380,14 @@ KINDS = {f.__name__: f for f in (wide_and_deep, one_example, full_batch, residua
 
 # ---------------------------------------------------------------- the command line
 
-def configure_jax():
+def configure_jax(devices=None):
     """One device per core, since small steps don't fill two from one; and compiled programs are kept for the next launch.
 
     They are in matplotlib's cache folder, or wherever the environment's JAX_COMPILATION_CACHE_DIR says.
     """
-    jax.config.update("jax_num_cpu_devices", os.cpu_count())
+    devices = devices or os.cpu_count()
+    if devices != jax.config.jax_num_cpu_devices:  # once JAX has begun, setting it is an error
+        jax.config.update("jax_num_cpu_devices", devices)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.join(matplotlib.get_cachedir(), "learned_optimizer_programs"))
 

@@ -17,12 +17,14 @@ import functools
 import json
 import os
 import signal
+import sys
 import threading
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 
 import estimators
@@ -66,6 +68,12 @@ RECIPES = {"truncated_backprop": {},
            "merged": dict(sigma=0.01),
            "pes": dict(outer_steps=5000, decay_steps=500.0, truncation=20, num_pairs=16, sigma=0.01, learning_rate=1e-3),
            "combined": dict(outer_steps=1000, decay_steps=100.0, truncation=100, num_pairs=4, sigma=0.01)}
+MACHINES = [  # flags that are not kept with a run: a resumed one can have others
+    ("devices", int, os.cpu_count(), "CPU devices of this process, which share the pairs"),
+    ("coordinator", str, "", "address HOST:PORT of process 0, if several processes share the pairs; or auto, where JAX can tell"),
+    ("processes", int, None, "how many there are"),
+    ("process", int, None, "which one this is, from 0"),
+    ("wait", float, 300.0, "seconds without an answer from the other processes after which this one ends")]
 SPLITS = {"valid": "outer_valid", "train": "train"}  # where the batches of the outer loss come from
 PATIENCE = 100  # outer steps in a row that may come to nothing
 MULTIPLES = 2.0 ** np.arange(-1.5, 0.6, 0.5)  # of the step size, tried by `fit_step_size`
@@ -243,12 +251,13 @@ def compiled(start, outer_steps, key):
     return start(key), programs
 
 
-def train(settings, folder, run, programs):
-    """Outer steps until they or the minutes run out -> Run. Saves now and then, and at the end.
+def train(settings, folder, run, programs, wait=300.0):
+    """Outer steps until they or the minutes run out -> Run, whole and in numpy arrays. Saves now and then, and at the end.
 
     Ctrl-C and SIGTERM are heard after the step they fall in: an exception could come between a step and its row in the log,
-    or get lost in one of JAX's callbacks. ValueError after PATIENCE steps in a row that nothing finite came of; what is on
-    disk is then from before them.
+    or get lost in one of JAX's callbacks. Several processes do the same outer steps, stop together if one is to stop, and the
+    first of them writes; see `together` for `wait`. ValueError after PATIENCE steps in a row that nothing finite came of;
+    what is on disk is then from before them.
     """
     key, names = jax.random.key(settings.seed), families(settings)
     print(f"{'step':>6} {'family':11} {'loss':>7} {'smoothed':>8} {'gradient':>8} {'capped':>6} {'dropped':>7} {'s/step':>7} {'left':>6}")
@@ -256,14 +265,24 @@ def train(settings, folder, run, programs):
     saved, fruitless = start, 0
     stop = threading.Event()
     defaults = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
-    with open(os.path.join(folder, "log.csv"), "a", newline="") as log:
+    with open(os.devnull if jax.process_index() else os.path.join(folder, "log.csv"), "a", newline="") as log:
         try:
-            while run.step < settings.outer_steps and seconds_left(settings) > 0 and not stop.is_set():
+            while True:
                 family = names[int(run.step) % len(names)]
-                outer_step = programs[family].result()
-                before = time.monotonic()
-                run, row = outer_step(run, key)
-                row = jax.device_get(row) | {"seconds": time.monotonic() - before}
+                due = time.monotonic() > saved + settings.save_seconds and not fruitless
+                with together(wait, folder):
+                    flags = np.array([stop.is_set(), seconds_left(settings) <= 0, due])
+                    stopped, late, due = multihost_utils.process_allgather(flags[None], tiled=True).any(0)
+                    if stopped or late or run.step >= settings.outer_steps:
+                        break
+                    if due:
+                        log.flush()
+                        save(settings, folder, run)
+                        saved = time.monotonic()
+                    outer_step = programs[family].result()
+                    before = time.monotonic()
+                    run, row = outer_step(run, key)
+                    row = jax.device_get(row) | {"seconds": time.monotonic() - before}
                 row = {"step": row["step"], "family": family, "loss": row["loss"], "smoothed": row["smoothed"]} | row
                 if not log.tell():
                     csv.writer(log).writerow(row)
@@ -277,17 +296,13 @@ def train(settings, folder, run, programs):
                 if fruitless == PATIENCE:
                     raise ValueError(f"{PATIENCE} outer steps in a row gave no finite loss or gradient; {folder} holds what was "
                                      "learned before. Begin anew with a lower --learning-rate.")
-                if time.monotonic() > saved + settings.save_seconds and not fruitless:
-                    log.flush()
-                    save(settings, folder, run)
-                    saved = time.monotonic()
-        finally:
             log.flush()
-            if fruitless < PATIENCE:
-                save(settings, folder, run)
+            with together(wait, folder):
+                run = save(settings, folder, run)
+        finally:
             for number, default in defaults.items():
                 signal.signal(number, default)
-    if stop.is_set():
+    if stopped:
         raise KeyboardInterrupt
     return run
 
@@ -327,16 +342,63 @@ def cautious_minimum(multiples, values):
     return float(np.exp(np.clip(lowest - 2 * error, x[0], x[-1])))
 
 
+# ---------------------------------------------------------------- several processes
+
+def connect(machines):
+    """Makes this process one of several, which share the pairs of each estimate; a ConnectionError if it can't be."""
+    if not machines.coordinator:
+        return
+    given = {} if machines.coordinator == "auto" else dict(coordinator_address=machines.coordinator)
+    jax.config.update("jax_enable_recoverability", True)  # or JAX would abort this process when another one ends
+    never = 10 ** 5  # seconds: it is `together` that limits the waiting
+    with together(machines.wait):
+        jax.distributed.initialize(**given, num_processes=machines.processes, process_id=machines.process,
+                                   initialization_timeout=never, heartbeat_timeout_seconds=never, shutdown_timeout_seconds=5)
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # one of them tells what happens
+
+
+@contextlib.contextmanager
+def together(wait, folder=None):
+    """What is inside needs the other processes. A ConnectionError if one is gone; if one is silent for `wait` seconds, the end.
+
+    Nothing can be told to a thread that waits for another machine, so then the process ends here, with one sentence.
+    """
+    if folder and not jax.distributed.is_initialized():
+        yield  # there are no others
+        return
+    advice = f"; end them all, and go on with --resume {folder}." if folder else "; is --coordinator right, and has each been started?"
+
+    def end():
+        print(f"meta_train.py: error: no answer from the other processes for {wait:g} s{advice}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(wait, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise ConnectionError(f"the other processes can't be reached ({str(error).splitlines()[0][:200]}){advice}") from error
+    finally:
+        timer.cancel()
+
+
 # ---------------------------------------------------------------- on disk and on screen
 
 def save(settings, folder, run):
-    """theta.npz for use, checkpoint.npz to go on from, curves.png to look at; each is replaced whole or not at all."""
-    write = lambda name, arrays: model.write_npz(os.path.join(folder, name), arrays)
-    leaves = [np.asarray(x) for x in jax.tree.leaves(jax.device_get(run))]
-    write("checkpoint.npz", {"settings": np.array(json.dumps(dataclasses.asdict(settings))),
-                             **{f"leaf{i:04}": x for i, x in enumerate(leaves)}})
-    save_theta(settings, folder, run)
-    draw_curves(folder)
+    """theta.npz for use, checkpoint.npz to go on from, curves.png to look at; each is replaced whole or not at all -> Run.
+
+    The first process writes what it gathers from all, so that a run can go on with other devices and processes.
+    """
+    run = multihost_utils.process_allgather(run, tiled=True)
+    if jax.process_index() == 0:
+        model.write_npz(os.path.join(folder, "checkpoint.npz"), {
+            "settings": np.array(json.dumps(dataclasses.asdict(settings))),
+            **{f"leaf{i:04}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(run))}})
+        save_theta(settings, folder, run)
+        draw_curves(folder)
+    return run
 
 
 def save_theta(settings, folder, run):
@@ -425,15 +487,18 @@ def print_comparison(settings, folder, run):
 # ---------------------------------------------------------------- the command line
 
 def parse():
-    """-> (settings, folder, the arrays of the checkpoint to go on from, or None, the parser for its errors)."""
+    """-> (settings, folder, the arrays of the checkpoint to go on from, or None, the machines, the parser for its errors)."""
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".", argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Settings):
         parser.add_argument("--" + field.name.replace("_", "-"), type=field.type,
                             help=f"{field.metadata['why']} (default: {field.default})")
     parser.add_argument("--out", help="folder of the run (default: runs/<date>-<time>)")
-    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in this folder, on these or other machines")
+    for name, kind, default, why in MACHINES:
+        parser.add_argument("--" + name, type=kind, default=default, help=f"{why} (default: {default})")
     given = vars(parser.parse_args())
     folder, resume = given.pop("out", None), given.pop("resume", None)
+    machines = argparse.Namespace(**{name: given.pop(name) for name, *_ in MACHINES})
     arrays = None
     try:
         if resume:
@@ -452,12 +517,25 @@ def parse():
         recipe = RECIPES.get(given.get("estimator", Settings.estimator))
         settings = Settings(**{**(recipe or {}), **given})
         check(settings)
+        check_machines(machines)
         folder = folder or time.strftime("runs/%Y%m%d-%H%M%S")
-        if not resume and os.path.exists(folder):
-            raise ValueError(f"{folder} exists already: choose another --out, or go on with --resume {folder}.")
     except ValueError as error:
         parser.error(str(error))
-    return settings, folder, arrays, parser
+    return settings, folder, arrays, machines, parser
+
+
+def check_machines(machines):
+    """ValueError, with one sentence, for a number or address that can't be."""
+    for name in ("devices", "wait"):
+        if not getattr(machines, name) > 0:
+            raise ValueError(f"--{name} must be positive, not {getattr(machines, name)}.")
+    if machines.coordinator in ("", "auto"):
+        if (machines.processes, machines.process) != (None, None):
+            raise ValueError("--processes and --process need --coordinator HOST:PORT, the same for all.")
+    elif not machines.coordinator.rpartition(":")[2].isdigit():
+        raise ValueError(f"--coordinator must be HOST:PORT or auto, not {machines.coordinator}.")
+    elif machines.processes is None or machines.process is None or not 0 <= machines.process < machines.processes:
+        raise ValueError("--coordinator needs --processes P and, for each of them, another --process from 0 to P - 1.")
 
 
 def check(settings):
@@ -486,19 +564,29 @@ def check(settings):
 
 
 def main():
-    settings, folder, arrays, parser = parse()
+    settings, folder, arrays, machines, parser = parse()
     try:
+        evaluate.configure_jax(machines.devices)
+        connect(machines)
+        if settings.num_pairs % jax.process_count():
+            raise ValueError(f"--num-pairs must be a multiple of the {jax.process_count()} processes, not {settings.num_pairs}.")
+        first = jax.process_index() == 0
+        if first and not arrays and os.path.exists(folder):
+            raise ValueError(f"{folder} exists already: choose another --out, or go on with --resume {folder}.")
         begin, outer_steps = make_outer(settings)
-        if not arrays:
+        if first and not arrays:
             os.makedirs(folder)
-        with alone(folder):
+        with alone(folder) if first else contextlib.nullcontext():
             run, programs = compiled(begin, outer_steps, jax.random.key(settings.seed))
             if arrays:
                 run = restore(folder, arrays, run)
+            if first and arrays:
                 keep_rows(os.path.join(folder, "log.csv"), int(run.step))
             print(f"{folder}: {settings}\n{sum(x.size for x in run.theta.values())} meta-parameters, "
                   f"pairs on {len(run.step.sharding.device_set)} devices")
-            run = train(settings, folder, run, programs)
+            run = train(settings, folder, run, programs, machines.wait)
+            if not first:
+                return  # what follows is not shared
             if settings.fit and "log_lr" in run.theta:
                 run = run._replace(average=fit_step_size(settings, run.average))
                 save_theta(settings, folder, run)  # the checkpoint keeps the average to go on from
@@ -512,5 +600,4 @@ def main():
 
 
 if __name__ == "__main__":
-    evaluate.configure_jax()
     main()
