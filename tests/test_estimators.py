@@ -204,6 +204,23 @@ def test_bad_losses_are_capped_and_counted_and_leave_theta_finite():
         assert metrics["dropped"] == (0 if noise else 2)  # 0 * inf in the backward pass: the gradient is discarded
 
 
+@pytest.mark.parametrize("name", ["truncated_backprop", "es", "merged", "pes", "combined"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_poisoned_trajectory_is_counted_and_heals_when_it_starts_over(name, poison):
+    """Of two pairs one is at its middle, where its state goes bad: its losses are capped, the others' gradient stays finite."""
+    noise = {} if name == "truncated_backprop" else {"sigma": 0.01}
+    estimator = getattr(estimators, name)(quadratic(), num_pairs=2, truncation=T // 2, horizon=T, **noise)
+    step, key = jax.jit(estimator.estimate), jax.random.key
+    _, clean, _ = step(THETA, estimator.init(THETA, key(0)), key(1))
+    assert clean.pairs.t.tolist() == [T // 2, T]
+    bad = clean._replace(pairs=clean.pairs._replace(state=clean.pairs.state.at[0].set(poison)))
+    for i, capped in ((2, T // 2 * (2 if noise else 1)), (3, 0), (4, 0)):
+        expected, clean, _ = step(THETA, clean, key(i))
+        found, bad, metrics = step(THETA, bad, key(i))
+        assert metrics["capped"] == capped and np.isfinite(flat(found)).all()
+        assert np.array_equal(found["a"], expected["a"]) == (capped == 0) or name == "combined"  # its variances remember
+
+
 def test_clipping_scales_each_trajectory_to_the_norm():
     estimator = estimators.truncated_backprop(quadratic(), num_pairs=1, truncation=T, horizon=T, clip=0.5)
     gradient, _, _ = estimator.estimate(THETA, estimator.init(THETA, jax.random.key(0)), jax.random.key(1))

@@ -93,6 +93,11 @@ def test_sgd_goes_to_the_nearest_point_of_the_valley():
     np.testing.assert_allclose(np.diff(paths[:, -1]), 0.98 ** 100 * np.diff(paths[:, 0]), atol=1e-5)
 
 
+def test_the_greedy_order_is_best_on_average_first_and_then_what_helps_most():
+    values = np.array([[0, 4, 9], [9, 4, 1]])  # means 4.5, 4, 5; with the second's: 2 with the first, 2.5 with the third
+    assert experiments.greedy(values, 3) == [1, 0, 2] and experiments.greedy(values, 1) == [1]
+
+
 def test_the_letters_of_a_small_data_set():
     data = experiments.letter_data(50, seed=0)
     assert data["x_train"].shape == (50, 16, 16) and (np.bincount(data["y_train"]) == 5).all()
