@@ -161,7 +161,7 @@ def test_the_command_writes_table_and_picture(family, theta, tmp_path):
     assert result["tasks"] == 4 and result["horizon"] == 20 and result["diverged"] == 0
     assert {"win_mean", "win_final", "speedup"} <= set(result["versus"]["Adam"])
     assert set(result["tuned"]) == set(result["versus"]) | {"learned"} == {
-        "SGD", "momentum", "RMSProp", "Adam", "Adam + cosine", "NAdamW, 10 draws", "Adam8p, 10 draws", "learned"}
+        "SGD", "momentum", "RMSProp", "Adam", "Adam + cosine", "NAdamW, list of 10", "Adam8p, 10 draws", "learned"}
     assert "times as long as Adam's" in done.stdout
     assert "learned" in done.stdout and (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
 
