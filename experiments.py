@@ -440,7 +440,7 @@ def outer_step(estimator, optimizer):
 
 def longer(seed, runs=3, looks=8, every=128, count=64):
     """Meta-training three times as long as the default's, looked at on held-out tasks. Before: the outer rate stays as it starts. After:
-    it falls. Handed out: its average over the outer steps, with the step size fitted. Eighty minutes for three seeds."""
+    it falls. Handed out: its average over the outer steps, with the step size fitted. More than an hour for three seeds."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained", sharex=True)
     family, horizon, rows = tasks.mlp("held_out"), meta_train.Settings.horizon, []
     learned = model.LEARNED[meta_train.Settings.optimizer]()
