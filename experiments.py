@@ -737,7 +737,7 @@ def greedy(values, size):
 
 def settings_list(seed, count=12, unseen=6, size=32, horizon=400):
     """NAdamW's settings to try in order, in the spirit of P2's opt_list: `greedy` on meta-training tasks of all families, of 200 random
-    settings. The picture tries them on held-out tasks, beside the same settings as they were drawn. Half an hour."""
+    settings. The picture tries them on held-out tasks, beside the same settings as they were drawn. A quarter of an hour."""
     settings, make, rows = evaluate.NADAMW_DRAWS, functools.partial(evaluate.nadamw, horizon=horizon), []
 
     def ends(pool, count):
