@@ -152,7 +152,7 @@ def theta(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("family", ["function", "transformer"])
+@pytest.mark.parametrize("family", ["function", "one_example"])
 def test_the_command_writes_table_and_picture(family, theta, tmp_path):
     done = command(theta, "--family", family, "--tasks", 4, "--horizon", 20, "--json", tmp_path / "table.json",
                    "--picture", tmp_path / "picture.png", cwd=tmp_path)

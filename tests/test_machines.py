@@ -89,9 +89,9 @@ def test_processes_that_hang_or_are_not_there_end_the_others_in_time(tmp_path):
     assert pair[0].returncode == 2 and time.time() - begin < 20
     assert sentence == "meta_train.py: error: no answer from the other processes for 4 s; end them all, and go on with --resume the folder."
     begin = time.time()
-    code, out, err = run(*TINY, "--coordinator", free_address(), "--processes", 2, "--process", 1, "--wait", 3, cwd=tmp_path)
+    code, out, err = run(*TINY, "--coordinator", free_address(), "--processes", 2, "--process", 1, "--wait", 1, cwd=tmp_path)
     assert code == 2 and time.time() - begin < 30 and not os.listdir(tmp_path)
-    assert err.splitlines()[-1].startswith("meta_train.py: error: no answer from the other processes for 3 s; is --coordinator right")
+    assert err.splitlines()[-1].startswith("meta_train.py: error: no answer from the other processes for 1 s; is --coordinator right")
 
 
 @pytest.mark.parametrize("n, processes, local, expected", [(8, 2, 4, 8), (6, 2, 2, 2), (6, 3, 4, 6), (4, 1, 3, 2), (2, 2, 8, 2)])
