@@ -130,7 +130,7 @@ def test_costs_tell_a_dear_optimizer_from_a_cheap_one():
 
 def test_the_searches_are_inside_their_ranges_and_nadamw_reads_them():
     """The NAdamW of a list is the one of model.py, and its rate ends at zero."""
-    settings = evaluate.settings_at_random(0, 300, evaluate.NADAMW)
+    settings = evaluate.NADAMW_DRAWS
     assert all(0 < x.min() and x.max() <= 1 for x in settings.values()) and (settings["b1"] < 0.1).any()
     one = {name: x[7] for name, x in settings.items()}
     params, grads = {"x": jnp.ones(3)}, {"x": jnp.float32([1, -2, 3])}
