@@ -1,8 +1,12 @@
-"""Pictures of the tasks and the papers' experiments on estimators, a function each: `python experiments.py NAME`."""
+"""The papers' experiments on estimators and on learned optimizers, a function each: `python experiments.py NAME`.
+
+Each gives the rows of a table; `picture` draws them.
+"""
 import argparse
 import csv
 import functools
 import itertools
+import math
 import os
 import time
 
@@ -19,7 +23,37 @@ import tasks
 from estimators import InnerProblem
 from evaluate import plt
 
-COLORS = {"truncated_backprop": "C0", "es": "C1", "merged": "C2", "pes": "C4", "combined": "C3"}
+ESTIMATORS = ("truncated_backprop", "es", "merged", "pes", "combined")
+
+
+def picture(rows, panels):
+    """A panel for each name in `panels`, with what axis.set is to be told there.
+
+    A row belongs to a `panel` and a `line`, and has x and y. A line goes through the medians of the rows that share an x; their
+    range, or what they give as `low` and `high`, is shaded. Where x is a word, a point takes the place of the line.
+    """
+    columns = min(3, len(panels))
+    down = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(down, columns, figsize=(5 * columns + 1, 4 * down), layout="constrained", squeeze=False)
+    dashes = itertools.cycle(("-", (0, (6, 1)), (0, (2, 1))))  # a line below another shows
+    styles, unused = {"learned": ("C3", "-")}, zip(itertools.cycle(f"C{i}" for i in range(10) if i != 3), dashes)
+    for axis, (panel, looks) in zip(axes.flat, panels.items()):
+        found = {}
+        for row in rows:
+            if row["panel"] == panel:
+                found.setdefault(row["line"], {}).setdefault(row["x"], []).append(row)
+        for line, points in found.items():
+            color, dash = styles.get(line) or styles.setdefault(line, next(unused))
+            words = isinstance(next(iter(points)), str)
+            middle, low, high = ([value(row.get(name, row["y"]) for row in same) for same in points.values()]
+                                 for value, name in ((lambda ys: np.median(list(ys)), "y"), (min, "low"), (max, "high")))
+            axis.plot(list(points), middle, color=color, label=line, ls="" if words else dash, lw=2 if line == "learned" else 1.2,
+                      marker="o" if words or 2 < len(points) < 20 else "", ms=4)
+            (axis.vlines if words else axis.fill_between)(list(points), low, high, color=color, alpha=0.3)
+            axis.tick_params("x", rotation=60 if words else 0)
+        axis.set(**{"title": panel} | looks)
+        axis.legend(fontsize="small")
+    return figure
 
 
 def make(name, problem, sigma, **options):
@@ -28,18 +62,22 @@ def make(name, problem, sigma, **options):
     return getattr(estimators, name)(problem, sigma=sigma, **options)
 
 
-def descend(estimator, optimizer, count, theta, key):
-    """theta after each of `count` steps of an optimizer along the estimates -> [count, P]."""
-    def body(carry, key):
+def outer_step(estimator, optimizer):
+    """-> step((theta, state of the optimizer, particles), key) -> (the three, theta as a vector [P])."""
+    def step(carry, key):
         theta, state, particles = carry
         gradient, particles, _ = estimator.estimate(theta, particles, key)
         updates, state = optimizer.update(gradient, state)
         theta = jax.tree.map(jnp.add, theta, updates)
         return (theta, state, particles), ravel_pytree(theta)[0]
+    return step
 
+
+def descend(estimator, optimizer, count, theta, key):
+    """theta after each of `count` outer steps -> [count, P]."""
     start_key, key = jax.random.split(key)
     start = theta, optimizer.init(theta), estimator.init(theta, start_key)
-    return jax.lax.scan(body, start, jax.random.split(key, count))[1]
+    return jax.lax.scan(outer_step(estimator, optimizer), start, jax.random.split(key, count))[1]
 
 
 def episode_loss(problem, horizon, theta, key, cap=10.0):
@@ -47,6 +85,19 @@ def episode_loss(problem, horizon, theta, key, cap=10.0):
     start_key, key = jax.random.split(key)
     unroll = estimators.make_unroll(problem, horizon, horizon, cap)
     return unroll(theta, problem.reset(theta, start_key), jnp.int32(horizon), key)[0]
+
+
+def seconds(program, *arguments):
+    start = time.perf_counter()
+    jax.block_until_ready(program(*arguments))
+    return time.perf_counter() - start
+
+
+def measured(calls, repeats):
+    """(function, arguments) each, compiled and run in turn -> seconds [repeats, calls], megabytes of scratch memory [calls]."""
+    programs = [(jax.jit(f).lower(*arguments).compile(), arguments) for f, arguments in calls]
+    times = [[seconds(f, *arguments) for f, arguments in programs] for _ in range(1 + repeats)]
+    return np.array(times[1:]), [f.memory_analysis().temp_size_in_bytes / 1e6 for f, _ in programs]
 
 
 # ---------------------------------------------------------------- what there is to learn from
@@ -59,10 +110,10 @@ def gallery(seed, count=6, horizon=200):
         family = make_family()
         task = family.sample(keys[0])
         examples = np.array(family.batch(task, keys[0], "train")[0])
+        top.axis("off")
         if name == "rnn":
             lines = ["".join(tasks.SYMBOLS[i] for i in row).replace("\n", " ") for row in examples]
             top.text(0, 1, "\n".join(lines), family="monospace", size=12, va="top")
-            top.axis("off")
         elif name == "function":
             x = jnp.linspace(-4, 4, 401)
             for kind, label in enumerate([f.__name__ for f in tasks.FUNCTIONS] + ["quadratic", "norm"]):
@@ -70,11 +121,9 @@ def gallery(seed, count=6, horizon=200):
                 along = lambda a: family.loss(shown, {"x": a * jnp.ones(64)}, family.batch(shown, keys[0], "test"))
                 y = np.array(jax.vmap(along)(x))
                 top.plot(x, y / y.max(), lw=1, label=label)
-            top.set(xlabel="all coordinates", ylabel="loss / largest")
             top.legend(fontsize="x-small")
         else:
             top.imshow(examples[:24].reshape(4, 6, 8, 8).swapaxes(1, 2).reshape(32, 48), cmap="gray_r")
-            top.axis("off")
         train = lambda: np.array(evaluate.learning_curves(family, model.adam, jnp.float32(evaluate.RATES), keys, horizon))[..., 1]
         curves = train()
         pace = count * len(evaluate.RATES) * horizon / seconds(train)
@@ -113,33 +162,29 @@ def smooth(x, y, sigma):
 
 def landscape(seed):
     """The longer the unroll, the more jagged the loss as a function of theta; noise on theta smooths it (P1 figure 2)."""
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6), layout="constrained")
-    rows = []
+    rows, panels = [], {}
 
-    def draw(axis, title, label, x, y, sigma):
-        smoothed = smooth(x, y, sigma)
-        axis.plot(x, y, lw=0.6, label="outer loss")
-        axis.plot(x, smoothed, lw=2, label=f"smoothed, sigma = {sigma}")
-        axis.set(title=title, xlabel=label)
-        axis.legend()
-        rows.extend({"panel": title, "x": a, "loss": b, "smoothed": c} for a, b, c in zip(x, y, smoothed))
+    def draw(panel, label, x, y, sigma):
+        panels[panel] = dict(xlabel=label)
+        for line, values in (("outer loss", y), ("smoothed", smooth(x, y, sigma))):
+            rows.extend({"panel": panel, "line": line, "x": a, "y": b} for a, b in zip(x, values))
 
     momenta = np.linspace(0, 0.99, 4000)
-    for axis, horizon in zip(axes[0], (10, 50, 200)):
+    for horizon in (10, 50, 200):
         unroll = estimators.make_unroll(quartic(horizon), horizon, horizon, jnp.inf)
         final = lambda m: unroll({"momentum": m}, quartic(horizon).reset(None, None), jnp.int32(0), jax.random.key(0))[0]
-        draw(axis, f"quartic, {horizon} steps", "momentum", momenta, np.array(jax.jit(jax.vmap(final))(jnp.float32(momenta))), 0.01)
+        draw(f"quartic, {horizon} steps", "momentum (sigma = 0.01)", momenta, np.array(jax.jit(jax.vmap(final))(jnp.float32(momenta))), 0.01)
     learned = model.per_parameter_mlp()
     theta_key, direction_key, key = jax.random.split(jax.random.key(seed), 3)
     theta, unravel = ravel_pytree(learned.init(theta_key))
     direction = jax.random.normal(direction_key, theta.shape)
     offsets = np.linspace(-0.5, 0.5, 600)
-    for axis, horizon in zip(axes[1], (10, 50, 200)):
+    for horizon in (10, 50, 200):
         problem = meta_train.inner_problem(tasks.mlp(), learned, "train", horizon)
         at = lambda key, x: episode_loss(problem, horizon, unravel(theta + x * direction), key)
         losses = jax.jit(lambda key, x: estimators.over_devices(at, len(offsets))(key, x))(key, jnp.float32(offsets))
-        draw(axis, f"per-parameter MLP, {horizon} steps", "theta along a random direction", offsets, np.array(losses), 0.02)
-    return figure, rows
+        draw(f"per-parameter MLP, {horizon} steps", "theta along a random direction (sigma = 0.02)", offsets, np.array(losses), 0.02)
+    return picture(rows, panels), rows
 
 
 # ---------------------------------------------------------------- where truncation leads
@@ -174,38 +219,28 @@ def influence_balancing():
 
 
 def truncation_bias(seed, horizon=200, episodes=100):
-    """Learning Adam's log learning rate from unrolls of K of the T steps (P1 figure 3), and influence balancing (P3)."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
-    problem, rows = noisy_quadratic(), []
+    """Learning Adam's log learning rate from unrolls of K of the T steps (P1 figure 3; three seeds), and influence balancing (P3)."""
+    problem, rows, truncations = noisy_quadratic(), [], (5, 20, 50, horizon)
     grid = np.linspace(-6, 0, 121)
     keys = jax.random.split(jax.random.key(seed), 64)
     loss = lambda x: jnp.mean(jax.vmap(lambda key: episode_loss(problem, horizon, {"log_lr": x}, key))(keys))
     best = float(np.exp(grid[np.argmin(jax.jit(lambda x: jax.lax.map(loss, x))(jnp.float32(grid)))]))
-    axes[0].axhline(best, color="black", lw=1, ls=":", label="best")
-    truncations = (5, 20, 50, horizon)
-    for (name, color), line in zip(COLORS.items(), ("-", "--", ":", "-", "--")):
-        ends = []
+    learning, balancing = f"Adam's learning rate, learned with K of T = {horizon}", "influence balancing, K = 1"
+    for name in ESTIMATORS:
         for truncation in truncations:
             estimator = make(name, problem, 0.1, num_pairs=8, truncation=truncation, horizon=horizon, cap=1e6)
             count = episodes * horizon // truncation
             run = jax.jit(functools.partial(descend, estimator, model.nadamw(0.03, nesterov=False, horizon=count), count))
-            at_best = {"log_lr": jnp.float32(np.log(best))}
-            ends.append([float(np.exp(run(at_best, jax.random.key(seed + i))[-1, 0])) for i in range(3)])
-        rows += [{"panel": "learning rate", "estimator": name, "x": k, "value": e} for k, es in zip(truncations, ends) for e in es]
-        axes[0].plot(truncations, np.median(ends, 1), "o-", color=color, label=name)
-        axes[0].fill_between(truncations, np.min(ends, 1), np.max(ends, 1), color=color, alpha=0.2)
+            ends = [run({"log_lr": jnp.float32(np.log(best))}, jax.random.key(seed + i))[-1, 0] for i in range(3)]
+            rows += [{"panel": learning, "line": name, "x": truncation, "y": float(np.exp(end))} for end in ends]
         estimator = make(name, influence_balancing(), 0.1, num_pairs=500, truncation=1, horizon=10 ** 7, cap=1e6)
         run = jax.jit(functools.partial(descend, estimator, model.sgd(1e-4), 3000))
         path = np.array(run({"x": jnp.float32(0.5)}, jax.random.key(seed)))[:, 0]
-        axes[1].plot(path, color=color, ls=line, label=name)
-        rows += [{"panel": "influence balancing", "estimator": name, "x": i, "value": path[i]} for i in range(0, len(path), 100)]
-    axes[0].set(xscale="log", yscale="log", xlabel=f"truncation K of T = {horizon} steps", ylabel="learning rate in the end",
-                title="Adam's learning rate, learned (median, range of 3 seeds)")
-    axes[1].axhline(-1 / 6, color="black", lw=1, ls=":")
-    axes[1].set(xlabel="outer step", ylabel="theta", title="influence balancing, K = 1")
-    for axis in axes:
-        axis.legend()
-    return figure, rows
+        rows += [{"panel": balancing, "line": name, "x": i, "y": path[i]} for i in range(0, len(path), 100)]
+    for panel, ends, value in ((learning, truncations[::3], best), (balancing, (0, 3000), -1 / 6)):
+        rows += [{"panel": panel, "line": "best", "x": x, "y": value} for x in ends]
+    return picture(rows, {learning: dict(xscale="log", yscale="log", xlabel="truncation K", ylabel="learning rate in the end"),
+                          balancing: dict(xlabel="outer step", ylabel="theta")}), rows
 
 
 # ---------------------------------------------------------------- how noisy the estimates are
@@ -237,112 +272,87 @@ def linear_quadratic():
     return InnerProblem(lambda theta, key: theta["x"][:2], step)
 
 
-def unroll_variance(axis, seed):
+def unroll_variance(seed, pairs=16):
     """P1's optimizer, untrained, on the mlp family: variance of one pair's estimate, summed over theta, against the unroll's
     length; at a step size that suits the tasks, and at one that is far too large."""
     learned, rows = model.per_parameter_mlp(), []
-    lengths, rates, pairs = (1, 10, 50, 200), (0.01, 0.3), 16
     theta = learned.init(jax.random.key(seed))
-    for length in lengths:
+    for length in (1, 10, 50, 200):
         problem = meta_train.inner_problem(tasks.mlp(), learned, "valid", length)
         estimator = estimators.merged(problem, num_pairs=pairs, truncation=length, horizon=length, sigma=0.01, cap=meta_train.CAP)
         run = jax.jit(functools.partial(estimates, estimator, 6))
-        for rate in rates:
+        for rate in (0.01, 0.3):
             gradients, metrics = run(theta | {"log_lr": jnp.float32(np.log(rate))}, jax.random.key(seed))
             found = {"smoothed backprop": jnp.mean(metrics["variance_rp"]), "es": jnp.mean(metrics["variance_es"]),
                      "merged": pairs * jnp.sum(jnp.var(gradients, 0, ddof=1))}
-            rows += [{"panel": "unroll", "estimator": f"{name}, lr {rate}", "x": length, "value": float(v)}
-                     for name, v in found.items()]
-    for name, color in (("smoothed backprop", "C0"), ("es", "C1"), ("merged", "C2")):
-        for rate, line in zip(rates, ("-", "--")):
-            label = f"{name}, lr {rate}"
-            axis.loglog(lengths, [row["value"] for row in rows if row["estimator"] == label], "o" + line, color=color, label=label)
-    axis.set(xlabel="unrolled steps", ylabel="variance of a pair's estimate", title="per-parameter MLP")
+            rows += [{"panel": "per-parameter MLP", "line": f"{name}, lr {rate}", "x": length, "y": float(v)} for name, v in found.items()]
     return rows
 
 
-def history_variance(axis, seed, counts=(1, 2, 4, 8, 16, 32, 64), size=50):
+def history_variance(seed, counts=(1, 2, 4, 8, 16, 32, 64), size=50):
     """PES against the number of truncations S of an episode, and its closed form: sum over t of (t P + 1) |g_t|^2."""
     rows = []
     draw = jax.random.normal(jax.random.key(seed), (max(counts), size))
-    for label, color, at in (("the same in all", "C4", lambda s: jnp.tile(draw[:1] / s / jnp.linalg.norm(draw[0]), (s, 1))),
-                             ("independent", "C5", lambda s: draw[:s] / jnp.linalg.norm(draw[:s]))):
-        exact, measured = [], []
+    for line, at in (("the same gradient in all", lambda s: jnp.tile(draw[:1] / s / jnp.linalg.norm(draw[0]), (s, 1))),
+                     ("independent gradients", lambda s: draw[:s] / jnp.linalg.norm(draw[:s]))):
         for s in counts:
             g = at(s)
             estimator = estimators.pes(straight(g), num_pairs=1, truncation=1, horizon=s, sigma=0.1, cap=1e6)
             run = jax.jit(functools.partial(estimates, estimator, 2000 * s + s - 1))
-            gradients = run({"x": jnp.zeros(size)}, jax.random.key(seed))[0][s - 1:]  # whole episodes
-            episodes = gradients.reshape(2000, s, size).sum(1)
-            measured.append(float(jnp.sum(jnp.var(episodes, 0, ddof=1))))
-            exact.append(float(jnp.sum((jnp.arange(1, s + 1) * size + 1) * jnp.sum(g ** 2, 1))))
-        axis.loglog(counts, exact, color=color, lw=1)
-        axis.loglog(counts, measured, "o", color=color, label=f"pes, gradients {label}")
-        rows += [{"panel": "history", "estimator": f"pes, {label}", "x": s, "value": m, "closed_form": e}
-                 for s, m, e in zip(counts, measured, exact)]
-    axis.set(xlabel="truncations per episode", ylabel="variance of an episode's estimate", title="P3's closed form (lines)")
+            episodes = run({"x": jnp.zeros(size)}, jax.random.key(seed))[0][s - 1:].reshape(2000, s, size).sum(1)  # whole ones
+            found = {line: jnp.sum(jnp.var(episodes, 0, ddof=1)),
+                     f"{line}, closed form": jnp.sum((jnp.arange(1, s + 1) * size + 1) * jnp.sum(g ** 2, 1))}
+            rows += [{"panel": "PES against its closed form (P3)", "line": name, "x": s, "y": float(v)} for name, v in found.items()]
     return rows
 
 
-def crossover(axis, seed, count=2000, horizon=16):
+def crossover(seed, count=2000, horizon=16):
     """Mean squared error against K and N on the linear-quadratic problem: truncated backprop errs by its bias alone."""
     problem, theta, rows = linear_quadratic(), {"x": jnp.array([0.4, -0.7, 0.5])}, []
     truth = jax.grad(lambda theta: episode_loss(problem, horizon, theta, jax.random.key(0), cap=jnp.inf))(theta)["x"]
-    truncations = (1, 2, 4, 8)
-    for name, color in (("truncated_backprop", "C0"), ("pes", "C4"), ("combined", "C3")):
-        for pairs, line in ((4, "-"), (64, "--")) if name != "truncated_backprop" else ((16, "-"),):
-            errors = []
-            for truncation in truncations:
-                estimator = make(name, problem, 0.1, num_pairs=pairs, truncation=truncation, horizon=horizon, cap=1e6)
-                gradients, _ = jax.jit(functools.partial(estimates, estimator, count))(theta, jax.random.key(seed))
-                errors.append(float(jnp.mean(jnp.sum((gradients[200:] - truth[None]) ** 2, 1))))
-            axis.loglog(truncations, errors, "o" + line, color=color, label=name + ("" if pairs == 16 else f", N = {pairs}"))
-            rows += [{"panel": "crossover", "estimator": name, "pairs": pairs, "x": k, "value": e}
-                     for k, e in zip(truncations, errors)]
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel=f"truncation K of T = {horizon} steps", ylabel="mean squared error", title="linear-quadratic problem",
-             ylim=(0.02, None))  # room for the legend
+    for name, pairs in (("truncated_backprop", 16), ("pes", 4), ("pes", 64), ("combined", 4), ("combined", 64)):
+        for truncation in (1, 2, 4, 8):
+            estimator = make(name, problem, 0.1, num_pairs=pairs, truncation=truncation, horizon=horizon, cap=1e6)
+            gradients, _ = jax.jit(functools.partial(estimates, estimator, count))(theta, jax.random.key(seed))
+            error = jnp.mean(jnp.sum((gradients[200:] - truth[None]) ** 2, 1))
+            rows.append({"panel": f"linear-quadratic problem, T = {horizon}", "line": f"{name}, N = {pairs}", "x": truncation, "y": float(error)})
     return rows
 
 
 def variance(seed):
     """Variance against the unroll's length (P1 figure 4) and the number of truncations (P3), and where bias outweighs it."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    rows = sum((draw(axis, seed) for draw, axis in zip((unroll_variance, history_variance, crossover), axes)), [])
-    for axis in axes:
-        axis.legend()
-    return figure, rows
+    log = dict(xscale="log", yscale="log")
+    labels = (dict(xlabel="unrolled steps", ylabel="variance of a pair's estimate"),
+              dict(xlabel="truncations per episode", ylabel="variance of an episode's estimate"),
+              dict(xlabel="truncation K", ylabel="mean squared error", ylim=(0.02, None)))  # room for the legend
+    found = [draw(seed) for draw in (unroll_variance, history_variance, crossover)]
+    return picture(sum(found, []), {rows[0]["panel"]: log | label for rows, label in zip(found, labels)}), sum(found, [])
 
 
 # ---------------------------------------------------------------- what they cost, and which to use
 
+def backprop(family, learned, pairs, length, key):
+    """-> (problem, function, arguments) of an estimate such as meta-training makes, by backprop through `length` steps."""
+    problem = meta_train.inner_problem(family, learned, "valid", length, adjoint=1.0)
+    estimator = estimators.truncated_backprop(problem, num_pairs=pairs, truncation=length, horizon=length, cap=meta_train.CAP)
+    theta = learned.init(key)
+    return problem, estimator.estimate, (theta, estimator.init(theta, key), key)
+
+
 def cost(seed, pairs=2):
     """Seconds and memory of backprop through K steps of the default optimizer, beside those of the unroll alone."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    learned, rows = model.hierarchical(), []
-    key = jax.random.key(seed)
-    theta, keys = learned.init(key), jax.random.split(key, pairs)
+    rows, key = [], jax.random.key(seed)
     for length in (25, 50, 100, 200, 400):
-        problem = meta_train.inner_problem(tasks.mlp(), learned, "valid", length, adjoint=1.0)
-        estimator = estimators.truncated_backprop(problem, num_pairs=pairs, truncation=length, horizon=length, cap=meta_train.CAP)
+        problem, estimate, arguments = backprop(tasks.mlp(), model.hierarchical(), pairs, length, key)
         forward = estimators.over_devices(functools.partial(episode_loss, problem, length), pairs)
-        arguments = (theta, keys), (theta, estimator.init(theta, key), key)
-        programs = [jax.jit(f).lower(*xs).compile() for f, xs in zip((forward, estimator.estimate), arguments)]
-        times = np.array([[seconds(f, *xs) for f, xs in zip(programs, arguments)] for _ in range(12)][1:])  # in turn
-        memory = [f.memory_analysis().temp_size_in_bytes / 1e6 for f in programs]
-        rows.append({"K": length, "forward_seconds": np.median(times[:, 0]), "backprop_seconds": np.median(times[:, 1]),
-                     "ratio": np.median(times[:, 1] / times[:, 0]), "forward_megabytes": memory[0], "backprop_megabytes": memory[1]})
-    column = lambda name: [row[name] for row in rows]
-    axes[0].plot(column("K"), column("ratio"), "o-")
-    axes[0].set(xlabel="unrolled steps K", ylabel="backprop / forward, seconds", ylim=(0, 1.1 * max(column("ratio"))))
-    for name in ("forward", "backprop"):
-        axes[1].plot(column("K"), column(name + "_megabytes"), "o-", label=name)
-    axes[1].set(xlabel="unrolled steps K", ylabel="megabytes of scratch memory", ylim=(0, None))
-    axes[1].legend()
-    return figure, rows
+        times, memory = measured([(forward, (arguments[0], jax.random.split(key, pairs))), (estimate, arguments)], 11)
+        found = {"forward": np.median(times[:, 0]), "backprop": np.median(times[:, 1])}
+        rows += [{"panel": "seconds", "line": "backprop / forward", "x": length, "y": np.median(times[:, 1] / times[:, 0]), **found}]
+        rows += [{"panel": "megabytes of scratch memory", "line": line, "x": length, "y": y} for line, y in zip(found, memory)]
+    return picture(rows, {panel: dict(xlabel="unrolled steps K", ylim=(0, None)) for panel in ("seconds", rows[1]["panel"])}), rows
 
 
-def scaling(seed, repeats=7):
+def scaling(seed, repeats=6):
     """Seconds and scratch memory of one estimate as one thing after another grows, each relative to its smallest; slopes of log to log."""
     def sums(n):
         """Tasks of n parameters that cost next to nothing but the optimizer's step."""
@@ -350,38 +360,25 @@ def scaling(seed, repeats=7):
                                 batch=lambda task, key, split: (), loss=lambda task, params, batch: jnp.mean((params["x"] - task) ** 2))
 
     mlp, default = tasks.mlp(), model.hierarchical()
-    cases = [("pairs N, K = 20", n, default, mlp, n, 20) for n in (2, 4, 8, 16)]
-    cases += [("steps K, N = 2", k, default, mlp, 2, k) for k in (10, 20, 40, 80)]
-    cases += [("size of theta", None, model.hierarchical(lstm=2 * size, hidden=size), mlp, 2, 20) for size in (8, 16, 32, 64)]
-    cases += [("size of a task", n, default, sums(n), 2, 20) for n in (1000, 10000, 100000)]
-    cases += [("devices, a pair on each", n, default, mlp, n, 20) for n in range(1, jax.local_device_count() + 1)]
+    cases = {"pairs N, K = 20": [(n, default, mlp, n, 20) for n in (2, 4, 8, 16)],
+             "steps K, N = 2": [(k, default, mlp, 2, k) for k in (10, 20, 40, 80)],
+             "size of theta": [(None, model.hierarchical(lstm=2 * size, hidden=size), mlp, 2, 20) for size in (8, 16, 32, 64)],
+             "size of a task": [(n, default, sums(n), 2, 20) for n in (1000, 10000, 100000)],
+             "devices, a pair on each": [(n, default, mlp, n, 20) for n in range(1, jax.local_device_count() + 1)]}
     rows = []
-    for grows, x, learned, family, pairs, length in cases:
-        problem = meta_train.inner_problem(family, learned, "valid", length, adjoint=1.0)
-        estimator = estimators.truncated_backprop(problem, num_pairs=pairs, truncation=length, horizon=length, cap=meta_train.CAP)
-        key = jax.random.key(seed)
-        theta = learned.init(key)
-        arguments = theta, estimator.init(theta, key), key
-        program = jax.jit(estimator.estimate).lower(*arguments).compile()
-        times = [seconds(program, *arguments) for _ in range(repeats)][1:]
-        rows.append({"grows": grows, "x": x or sum(leaf.size for leaf in theta.values()), "seconds": np.median(times),
-                     "megabytes": program.memory_analysis().temp_size_in_bytes / 1e6})
-        print(rows[-1], flush=True)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharex=True)
-    for axis, name in zip(axes, ("seconds", "megabytes")):
-        for grows in dict.fromkeys(row["grows"] for row in rows):
-            x, y = np.array([[row["x"], row[name]] for row in rows if row["grows"] == grows]).T
+    for grows, points in cases.items():
+        found = []
+        for x, learned, family, pairs, length in points:
+            _, estimate, arguments = backprop(family, learned, pairs, length, jax.random.key(seed))
+            times, memory = measured([(estimate, arguments)], repeats)
+            found.append((x or ravel_pytree(arguments[0])[0].size, np.median(times), memory[0]))
+        x, *columns = np.array(found).T
+        for panel, y in zip(("seconds", "megabytes"), columns):
             slope = np.polyfit(np.log(x), np.log(y), 1)[0] if len(x) > 1 else np.nan
-            axis.loglog(x / x[0], y / y[0], "o-", label=f"{grows}: {slope:.2f}")
-        axis.set(xlabel="growth", ylabel=f"growth of {name}")
-        axis.legend(title="slope")
-    return figure, rows
-
-
-def seconds(program, *arguments):
-    start = time.perf_counter()
-    jax.block_until_ready(program(*arguments))
-    return time.perf_counter() - start
+            rows += [{"panel": panel, "line": f"{grows}: slope {slope:.2f}", "x": a / x[0], "y": b / y[0], "size": a, panel: b}
+                     for a, b in zip(x, y)]
+        print(grows, found, flush=True)
+    return picture(rows, {panel: dict(xscale="log", yscale="log", xlabel="growth") for panel in ("seconds", "megabytes")}), rows
 
 
 RACE = {"truncated_backprop": dict(truncation=100, num_pairs=2), "es": dict(truncation=20, num_pairs=8),
@@ -390,121 +387,65 @@ RACE = {"truncated_backprop": dict(truncation=100, num_pairs=2), "es": dict(trun
 
 
 def race(seed, limit=5.0, points=4, horizon=100):
-    """The outer loss of P1's optimizer on unseen draws of meta-training tasks against seconds, for all five estimators."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    learned, rows = model.per_parameter_mlp(), []
+    """The outer loss of P1's optimizer on unseen draws of meta-training tasks against seconds, for all five estimators; three seeds."""
+    learned, adam, rows = model.per_parameter_mlp(), model.adam(3e-3), []
     problem = meta_train.inner_problem(tasks.mlp(), learned, "valid", horizon, adjoint=1.0)
     keys = jax.random.split(jax.random.key(seed + 1000), 32)
     losses = estimators.over_devices(functools.partial(episode_loss, problem, horizon), len(keys))
     test = jax.jit(lambda theta: jnp.mean(losses(theta, keys)))
-    for name, color in COLORS.items():
-        estimator = make(name, problem, 0.01, horizon=horizon, cap=meta_train.CAP, **RACE[name])
-        adam = model.adam(3e-3)
-        curves = []
+    for name in ESTIMATORS:
+        estimator, step = make(name, problem, 0.01, horizon=horizon, cap=meta_train.CAP, **RACE[name]), None
         for run in range(3):
             key = jax.random.key(seed + run)
             theta = learned.init(key)
-            particles, state = estimator.init(theta, key), adam.init(theta)
-            if not run:
-                step = outer_step(estimator, adam).lower(theta, state, particles, key).compile()
-            curve, done, spent, i = [float(test(theta))], [0], 0.0, 0
-            for point in range(points):
-                while spent < limit * (point + 1) / points:
-                    before, i = time.time(), i + 1
-                    theta, state, particles = jax.block_until_ready(step(theta, state, particles, jax.random.fold_in(key, i)))
+            carry, spent, done = (theta, adam.init(theta), estimator.init(theta, key)), 0.0, 0
+            step = step or jax.jit(outer_step(estimator, adam)).lower(carry, key).compile()
+            for point in range(points + 1):
+                while spent < limit * point / points:
+                    before, done = time.time(), done + 1
+                    carry, _ = jax.block_until_ready(step(carry, jax.random.fold_in(key, done)))
                     spent += time.time() - before
-                curve.append(float(test(theta)))
-                done.append(i)
-            curves.append(curve)
-            rows += [{"estimator": name, "seed": seed + run, "seconds": limit * p / points, "outer_steps": i, "loss": x}
-                     for p, (i, x) in enumerate(zip(done, curve))]
-        times = np.linspace(0, limit, points + 1)
-        axis.plot(times, np.median(curves, 0), color=color, label=name)
-        axis.fill_between(times, np.min(curves, 0), np.max(curves, 0), color=color, alpha=0.2)
-    axis.set(xlabel="seconds of meta-training", ylabel="outer loss", title="median and range of 3 seeds")
-    axis.legend()
-    return figure, rows
-
-
-def outer_step(estimator, optimizer):
-    """One jitted step of the outer loop: (theta, optimizer state, particles, key) -> the first three."""
-    @jax.jit
-    def step(theta, state, particles, key):
-        gradient, particles, _ = estimator.estimate(theta, particles, key)
-        updates, state = optimizer.update(gradient, state)
-        return jax.tree.map(jnp.add, theta, updates), state, particles
-    return step
-
-
-# ---------------------------------------------------------------- why longer is not better
-
-def longer(seed, runs=3, looks=8, every=128, count=64):
-    """Meta-training three times as long as the default's, looked at on held-out tasks. Before: the outer rate stays as it starts. After:
-    it falls. Handed out: its average over the outer steps, with the step size fitted. More than an hour for three seeds."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4), layout="constrained", sharex=True)
-    family, horizon, rows = tasks.mlp("held_out"), meta_train.Settings.horizon, []
-    learned = model.LEARNED[meta_train.Settings.optimizer]()
-    keys = jax.random.split(jax.random.key(0), count)
-    watch = lambda make, hyper: np.array(evaluate.learning_curves(family, make, hyper, keys, horizon)[..., 1])
-    adam = watch(model.adam, jnp.float32(evaluate.RATES))
-    for run, (name, decay) in itertools.product(range(runs), {"before": 1e12, "after": meta_train.Settings.decay_steps}.items()):
-        settings = meta_train.Settings(seed=seed + run, outer_steps=looks * every, decay_steps=decay)
-        for state, row in meta_training(settings):
-            if state.step % every:
-                continue
-            variants = {name: state.theta}
-            if name == "after":
-                variants["handed out"] = meta_train.fit_step_size(settings, state.average)
-            curves = watch(learned.optimizer, jax.tree.map(lambda *x: jnp.stack(x), *variants.values()))
-            for i, variant in enumerate(variants):
-                win = lambda value: float(np.mean(evaluate.best(curves[:, i:i + 1], value) < evaluate.best(adam, value)))
-                rows.append({"theta": variant, "seed": settings.seed, "outer_step": int(state.step), "smoothed": float(row["smoothed"]),
-                             "win_mean": win(evaluate.mean_loss), "win_final": win(evaluate.final_loss)})
-                print(rows[-1], flush=True)
-    titles = ("outer loss, running mean", "lower mean test loss than tuned Adam", "lower final test loss than tuned Adam")
-    for axis, column, title in zip(axes, ("smoothed", "win_mean", "win_final"), titles):
-        for name, color in (("before", "C0"), ("after", "C1"), ("handed out", "C3")):
-            if (name, column) == ("handed out", "smoothed"):
-                continue
-            y = np.array([row[column] for row in rows if row["theta"] == name]).reshape(runs, looks)
-            x = every * np.arange(1, looks + 1)
-            axis.plot(x, y.T, color=color, alpha=0.4, lw=1)
-            axis.plot(x, y.mean(0), color=color, label=name)
-        axis.set(xlabel="outer step", title=title, ylabel="" if column == "smoothed" else "share of held-out tasks")
-        axis.legend()
-    return figure, rows
+                rows.append({"panel": "race", "line": name, "x": limit * point / points, "y": float(test(carry[0])),
+                             "seed": seed + run, "outer_steps": done})
+    return picture(rows, {"race": dict(xlabel="seconds of meta-training", ylabel="outer loss", title="median and range of 3 seeds")}), rows
 
 
 # ---------------------------------------------------------------- how a learned optimizer behaves: f(seed, path of its theta)
 
-def against_adam(family, path, count, horizon, seed):
-    """Test curves [tasks, 1, points] of the optimizer at `path`, and [tasks, rates, points] of Adam, on the same tasks."""
-    curves = evaluate.compare(family, *model.load(path), count, horizon, seed, {"Adam": evaluate.BASELINES["Adam"]})
-    return curves["learned"][..., 1], curves["Adam"][..., 1]
+def learned_curves(family, make_optimizer, theta, keys, horizon):
+    """Test losses of every task under one learned optimizer -> [tasks, 1, points]."""
+    one = jax.tree.map(lambda x: jnp.asarray(x)[None], theta)
+    return np.asarray(evaluate.learning_curves(family, make_optimizer, one, keys, horizon))[..., 1]
+
+
+def tuned_adam(family, keys, horizon, rates=evaluate.RATES):
+    """Test losses of every task under Adam at each rate -> [tasks, rates, points]."""
+    return evaluate.kept_curves(family, model.adam, jnp.asarray(rates), keys, horizon)[..., 1]
+
+
+def wins(curves, adam):
+    """Shares of tasks on which the mean and the final test loss are below tuned Adam's."""
+    return {name: float(np.mean(evaluate.best(curves, value) < evaluate.best(adam, value)))
+            for name, value in (("mean", evaluate.mean_loss), ("final", evaluate.final_loss))}
 
 
 def generalisation(seed, path, count=16, horizon=400, longer=2000):
     """The optimizer against tuned Adam on every family, on kinds of task that nothing is ever meta-trained on, and on longer runs."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
-    cases = {name: (make("held_out"), horizon) for name, make in tasks.FAMILIES.items()}
-    cases |= {name: (make(), horizon) for name, make in evaluate.KINDS.items()}
-    cases |= {f"{name}, {longer} steps": (tasks.FAMILIES[name]("held_out"), longer) for name in ("mlp", "function")}
-    rows = []
-    for place, (name, (family, steps)) in enumerate(cases.items()):
-        mine, adam = against_adam(family, path, count, steps, seed)
+    learned, theta = model.load(path)
+    families = {name: make("held_out") for name, make in tasks.FAMILIES.items()}
+    cases = [("learned from", name, family, horizon) for name, family in families.items()]
+    cases += [("held-out kinds", name, make(), horizon) for name, make in evaluate.KINDS.items()]
+    cases += [(f"{longer} steps", f"{name}, {longer} steps", family, longer) for name, family in families.items()]
+    keys, rows = jax.random.split(jax.random.key(seed), count), []
+    for line, name, family, steps in cases:
+        mine, adam = learned_curves(family, learned.optimizer, theta, keys, steps), tuned_adam(family, keys, steps)
         logs = np.log(evaluate.speedups(mine[:, 0], adam))
-        wins = {win: float(np.mean(evaluate.best(mine, value) < evaluate.best(adam, value)))
-                for win, value in (("win_mean", evaluate.mean_loss), ("win_final", evaluate.final_loss))}
         low, high = np.exp(evaluate.bootstrap(logs))
-        rows.append({"kind": name, "speedup": np.exp(logs.mean()), "low": low, "high": high, **wins,
-                     "diverged": int((~(mine[:, 0, -1] <= mine[:, 0, 0])).sum())})
+        rows.append({"panel": "generalisation", "line": line, "x": name, "y": np.exp(logs.mean()), "low": low, "high": high,
+                     **wins(mine, adam), "diverged": int((~(mine[:, 0, -1] <= mine[:, 0, 0])).sum())})
         print(rows[-1], flush=True)
-        axis.plot([low, high], [place, place], color="C0" if name in tasks.FAMILIES else "C1")
-        axis.plot(rows[-1]["speedup"], place, "o", color="C0" if name in tasks.FAMILIES else "C1")
-    axis.axvline(1, color="black", lw=1)
-    axis.set_yticks(range(len(cases)), list(cases))
-    axis.set(xscale="log", xlabel="times as fast as Adam, tuned per task (95% of draws of the tasks)")
-    axis.invert_yaxis()
+    figure = picture(rows, {"generalisation": dict(yscale="log", ylabel="times as fast as tuned Adam (95% of draws)")})
+    figure.axes[0].axhline(1, color="black", lw=1)
     return figure, rows
 
 
@@ -539,7 +480,7 @@ def regularisation(seed, path, steps=1000):
                      "distance_from_it": np.abs(np.diff(paths[:, -1])).mean()})
         axis.plot(*paths.transpose(2, 1, 0), color="C0", lw=0.8)
         axis.plot(*paths[:, -1].T, "o", color="C3", ms=3)
-        axis.set(title=f"{name}: {end / start:.2f} of the way from the origin left", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+        axis.set(title=f"{name}: {end / start:.0%} of the way to the origin left", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     return figure, rows
 
 
@@ -554,30 +495,20 @@ def letter_data(rows, seed):
 
 def adaptation(seed, path, count=4, horizon=400):
     """Width, batch size and size of the data set, against Adam at eight fixed learning rates (P2 figure 5)."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    learned, theta = model.load(path)
-    rates, rows = np.float32(10.0 ** np.linspace(-4, -0.5, 8)), []
+    (learned, theta), rates, rows = model.load(path), np.float32(10.0 ** np.linspace(-4, -0.5, 8)), []
     keys = jax.random.split(jax.random.key(seed), count)
-    one = jax.tree.map(lambda x: jnp.asarray(x)[None], theta)
     sweeps = {"width": ((4, 8, 16, 32, 64, 128), (8, 32)), "batch size": ((2, 8, 32, 64, 256), (8, 64)),
-              "training images": ((50, 100, 200, 500, 2000), (560, 560))}
-    for axis, (name, (values, (low, high))) in zip(axes, sweeps.items()):
-        ends = []
+              "training images": ((50, 100, 200, 500, 2000), (560, 561))}
+    for panel, (values, _) in sweeps.items():
         for value in values:
-            data = letter_data(value if name == "training images" else 500, seed)
-            sizes = {"width": dict(width=value), "batch size": dict(max_batch=value)}.get(name, {})
-            family = tasks.dataset(data, **sizes)
-            adam = evaluate.kept_curves(family, model.adam, jnp.asarray(rates), keys, horizon)
-            mine = np.asarray(evaluate.learning_curves(family, learned.optimizer, one, keys, horizon))
-            ends.append(np.median(np.concatenate([adam, mine], 1)[:, :, -1, 1], 0))  # [9], of the starts
-            rows += [{"sweep": name, "value": value, "optimizer": f"Adam {rate:.1e}" if rate else "learned", "test_loss": loss}
-                     for rate, loss in zip((*rates, None), ends[-1])]
-        for i, line in enumerate(np.transpose(ends)):
-            axis.loglog(values, line, color="C3" if i == 8 else plt.cm.Blues(0.3 + 0.08 * i), lw=2 if i == 8 else 1,
-                        label="learned" if i == 8 else f"Adam {rates[i]:.0e}")
-        axis.axvspan(low, high * 1.001, color="gray", alpha=0.2)
-        axis.set(xlabel=name, ylabel="final test loss", ylim=(None, 5))
-    axes[0].legend(fontsize="x-small")
+            data = letter_data(value if panel == "training images" else 500, seed)
+            family = tasks.dataset(data, **{"width": dict(width=value), "batch size": dict(max_batch=value)}.get(panel, {}))
+            curves = np.concatenate([learned_curves(family, learned.optimizer, theta, keys, horizon), tuned_adam(family, keys, horizon, rates)], 1)
+            rows += [{"panel": panel, "line": line, "x": value, "y": y} for line, ys in
+                     zip(("learned", *(f"Adam {rate:.0e}" for rate in rates)), curves[:, :, -1].T) for y in ys]
+    figure = picture(rows, {panel: dict(xscale="log", yscale="log", ylabel="final test loss", ylim=(None, 5)) for panel in sweeps})
+    for axis, (_, learned_from) in zip(figure.axes, sweeps.values()):
+        axis.axvspan(*learned_from, color="gray", alpha=0.2)
     return figure, rows
 
 
@@ -594,44 +525,32 @@ def with_valid_loss(optimizer, horizon, given):
 
 def validation_feature(seed, path, count=64, horizon=400):
     """The same optimizer with its validation input as it is, cut, taken at a random earlier step, or replaced by the training loss."""
-    learned, theta = model.load(path)
+    (learned, theta), finals, rows = model.load(path), {}, []
     keys, family = jax.random.split(jax.random.key(seed), count), tasks.mlp("held_out")
     earlier = lambda loss, past, t: past[(jax.random.uniform(jax.random.fold_in(jax.random.key(seed), t)) * (t + 1)).astype(int)]
     variants = {"as it is": lambda loss, past, t: past[t], "cut": lambda loss, past, t: None, "of an earlier step": earlier,
                 "the training loss": lambda loss, past, t: loss}
-    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    one, finals, rows = jax.tree.map(lambda x: jnp.asarray(x)[None], theta), {}, []
     for name, given in variants.items():
         make_optimizer = lambda theta, given=given: with_valid_loss(learned.optimizer(theta), horizon, given)
-        finals[name] = np.log(np.asarray(evaluate.learning_curves(family, make_optimizer, one, keys, horizon))[:, 0, -1, 1])
+        finals[name] = np.log(learned_curves(family, make_optimizer, theta, keys, horizon)[:, 0, -1])
         change = finals[name] - finals["as it is"]
         low, high = np.exp(evaluate.bootstrap(change))
-        rows.append({"validation_loss": name, "final_test_loss_ratio": np.exp(change.mean()), "low": low, "high": high})
-        axis.plot([low, high], [name, name], "C0")
-        axis.plot(rows[-1]["final_test_loss_ratio"], name, "oC0")
-    axis.axvline(1, color="black", lw=1)
-    axis.set(xlabel="final test loss, relative to the optimizer as it is", title="what the validation loss is replaced by")
-    axis.invert_yaxis()
-    return figure, rows
+        rows.append({"panel": "validation loss", "line": "learned", "x": name, "y": np.exp(change.mean()), "low": low, "high": high})
+    return picture(rows, {"validation loss": dict(ylabel="final test loss, relative to 'as it is'")}), rows
 
 
 def wall_clock(seed, path, count=4, horizon=400, width=128):
-    """A conv net of some 50,000 parameters: test loss against seconds (P1's headline), baselines tuned."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    family, learned, rows = tasks.dataset(letter_data(1000, seed), "conv", width), model.load(path), []
+    """A conv net of some 50,000 parameters: test loss against seconds (P1's headline), baselines at the rate that ends lowest."""
+    family, (learned, theta), rows = tasks.dataset(letter_data(1000, seed), "conv", width), model.load(path), []
     chosen = {name: evaluate.BASELINES[name] for name in ("momentum", "RMSProp", "Adam", "Adam + cosine")}
-    curves = evaluate.compare(family, *learned, count, horizon, seed, chosen)
-    makers = {name: functools.partial(make, 0.01, horizon) for name, (make, _) in chosen.items()}
-    costs = evaluate.costs(family, {name: make() for name, make in makers.items()} | {"learned": learned[0].optimizer(learned[1])}, steps=20)
-    for i, (name, c) in enumerate(curves.items()):
+    curves = evaluate.compare(family, learned, theta, count, horizon, seed, chosen)
+    optimizers = {name: make(0.01, horizon) for name, (make, _) in chosen.items()} | {"learned": learned.optimizer(theta)}
+    costs = evaluate.costs(family, optimizers, steps=20)
+    for name, c in curves.items():
         test = np.median(c[..., 1], 0)  # [settings, points], of the starts
         line = test[np.where(np.isfinite(test).all(1), test[:, -1], np.inf).argmin()]
-        seconds_spent = np.arange(len(line)) * evaluate.EVERY * costs[name][0]
-        axis.semilogy(seconds_spent, line, color="C3" if name == "learned" else f"C{i + 4}", label=name)
-        rows += [{"optimizer": name, "seconds": s, "test_loss": x} for s, x in zip(seconds_spent, line)]
-    axis.set(xlabel="seconds", ylabel="test loss", title="a conv net; the baselines at the rate that ends lowest")
-    axis.legend()
-    return figure, rows
+        rows += [{"panel": "a conv net", "line": name, "x": i * evaluate.EVERY * costs[name][0], "y": y} for i, y in enumerate(line)]
+    return picture(rows, {"a conv net": dict(yscale="log", xlabel="seconds", ylabel="test loss")}), rows
 
 
 # ---------------------------------------------------------------- what it takes to learn one
@@ -645,82 +564,88 @@ def meta_training(settings):
         yield run, row
 
 
+def longer(seed, runs=3, looks=8, every=128, count=64):
+    """Meta-training three times as long as the default's, looked at on held-out tasks. Before: the outer rate stays as it starts. After:
+    it falls. Handed out: its average over the outer steps, with the step size fitted. More than an hour for three seeds."""
+    family, horizon, rows = tasks.mlp("held_out"), meta_train.Settings.horizon, []
+    learned = model.LEARNED[meta_train.Settings.optimizer]()
+    keys = jax.random.split(jax.random.key(0), count)
+    adam = tuned_adam(family, keys, horizon)
+    for run, (name, decay) in itertools.product(range(runs), {"before": 1e12, "after": meta_train.Settings.decay_steps}.items()):
+        settings = meta_train.Settings(seed=seed + run, outer_steps=looks * every, decay_steps=decay)
+        for state, row in meta_training(settings):
+            if state.step % every:
+                continue
+            common = {"x": int(state.step), "seed": settings.seed}
+            rows.append({"panel": "outer loss", "line": name, "y": float(row["smoothed"]), **common})
+            variants = {name: state.theta}
+            if name == "after":
+                variants["handed out"] = meta_train.fit_step_size(settings, state.average)
+            for line, theta in variants.items():
+                found = wins(learned_curves(family, learned.optimizer, theta, keys, horizon), adam)
+                rows += [{"panel": panel, "line": line, "y": y, **common} for panel, y in found.items()]
+                print(line, common, found, flush=True)
+    titles = {"outer loss": "outer loss, running mean", "mean": "share with a lower mean test loss than tuned Adam",
+              "final": "share with a lower final test loss"}
+    return picture(rows, {panel: dict(title=title, xlabel="outer step") for panel, title in titles.items()}), rows
+
+
 def loss_ratio(settings, theta, adam, keys, family):
     """Geometric mean over held-out tasks of the mean test loss under theta, over that of Adam, tuned per task."""
     learned = model.LEARNED[settings.optimizer](**meta_train.sizes(settings))
-    one = jax.tree.map(lambda x: jnp.asarray(x)[None], theta)
-    curves = np.asarray(evaluate.learning_curves(family, learned.optimizer, one, keys, settings.horizon))[..., 1]
+    curves = learned_curves(family, learned.optimizer, theta, keys, settings.horizon)
     ratios = np.log(evaluate.best(curves, evaluate.mean_loss) / evaluate.best(adam, evaluate.mean_loss))
     return float(np.exp(np.minimum(ratios, np.log(10)).mean()))
 
 
-def held_out_adam(family, keys, horizon):
-    return evaluate.kept_curves(family, model.adam, jnp.asarray(evaluate.RATES), keys, horizon)[..., 1]
+RATIO = "mean test loss on held-out tasks / tuned Adam's"
 
 
 def architectures(seed, runs=3, minutes=3.0, looks=3, count=32, horizon=400):
     """Every learned optimizer of model.py, meta-trained on the same tasks for the same time (P2 figure 2a). Half an hour."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     family, keys, rows = tasks.mlp("held_out"), jax.random.split(jax.random.key(seed), count), []
-    adam = held_out_adam(family, keys, horizon)
-    for i, optimizer in enumerate(model.LEARNED):
-        for run in range(runs):
-            settings = meta_train.Settings(optimizer=optimizer, seed=seed + run, outer_steps=10 ** 6, horizon=horizon, truncation=horizon)
-            spent, look, before = 0.0, 0, None
-            for state, _ in meta_training(settings):
-                now = time.perf_counter()
-                spent, before = spent + (now - before if before else 0), now  # the first step is not counted: it was compiled
-                if spent > 60 * minutes * (look + 1) / looks:
-                    look += 1
-                    rows.append({"optimizer": optimizer, "seed": settings.seed, "minutes": spent / 60, "outer_steps": int(state.step),
-                                 "loss_ratio": loss_ratio(settings, state.average, adam, keys, family)})
-                    print(rows[-1], flush=True)
-                    before = time.perf_counter()
-                if look == looks:
-                    break
-        found = [row for row in rows if row["optimizer"] == optimizer]
-        ratios = np.array([row["loss_ratio"] for row in found]).reshape(runs, looks)
-        times = minutes * np.arange(1, looks + 1) / looks
-        axis.plot(times, np.median(ratios, 0), "o-", color=f"C{i}", label=optimizer)
-        axis.fill_between(times, ratios.min(0), ratios.max(0), color=f"C{i}", alpha=0.2)
-    axis.axhline(1, color="black", lw=1)
-    axis.set(xlabel="minutes of meta-training", ylabel="mean test loss / tuned Adam's", title=f"median and range of {runs} seeds")
-    axis.legend()
-    return figure, rows
+    adam = tuned_adam(family, keys, horizon)
+    for optimizer, run in itertools.product(model.LEARNED, range(runs)):
+        settings = meta_train.Settings(optimizer=optimizer, seed=seed + run, outer_steps=10 ** 6, horizon=horizon, truncation=horizon)
+        spent, look, before = 0.0, 0, None
+        for state, _ in meta_training(settings):
+            now = time.perf_counter()
+            spent, before = spent + (now - before if before else 0), now  # the first step is not counted: it was compiled
+            if spent > 60 * minutes * (look + 1) / looks:
+                look += 1
+                rows.append({"panel": RATIO, "line": optimizer, "x": minutes * look / looks, "seed": settings.seed,
+                             "outer_steps": int(state.step), "y": loss_ratio(settings, state.average, adam, keys, family)})
+                print(rows[-1], flush=True)
+                before = time.perf_counter()
+            if look == looks:
+                break
+    return picture(rows, {RATIO: dict(xlabel=f"minutes of meta-training, {runs} seeds")}), rows
 
 
 def num_tasks(seed, runs=2, steps=96, count=64, horizon=400, numbers=(1, 4, 16, 64, 256)):
     """How many tasks an optimizer must learn from before it is good on others (P2 figure 2b). A quarter of an hour."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     family, keys, rows = tasks.mlp("held_out"), jax.random.split(jax.random.key(seed), count), []
-    adam = held_out_adam(family, keys, horizon)
-    for number in numbers:
-        for run in range(runs):
-            settings = meta_train.Settings(num_tasks=number, seed=seed + run, outer_steps=steps, horizon=horizon, truncation=horizon)
-            *_, (state, _) = meta_training(settings)
-            rows.append({"num_tasks": number, "seed": settings.seed, "loss_ratio": loss_ratio(settings, state.average, adam, keys, family)})
-            print(rows[-1], flush=True)
-    ratios = np.array([row["loss_ratio"] for row in rows]).reshape(len(numbers), runs)
-    axis.semilogx(numbers, np.median(ratios, 1), "o-")
-    axis.fill_between(numbers, ratios.min(1), ratios.max(1), alpha=0.2)
-    axis.axhline(1, color="black", lw=1)
-    axis.set(xlabel="tasks learned from", ylabel="mean test loss / tuned Adam's, held-out tasks")
-    return figure, rows
+    adam = tuned_adam(family, keys, horizon)
+    for number, run in itertools.product(numbers, range(runs)):
+        settings = meta_train.Settings(num_tasks=number, seed=seed + run, outer_steps=steps, horizon=horizon, truncation=horizon)
+        *_, (state, _) = meta_training(settings)
+        rows.append({"panel": RATIO, "line": "learned", "x": number, "seed": settings.seed,
+                     "y": loss_ratio(settings, state.average, adam, keys, family)})
+        print(rows[-1], flush=True)
+    return picture(rows, {RATIO: dict(xscale="log", xlabel="tasks learned from")}), rows
 
 
 def self_training(seed, path, steps=400, horizon=100, rates=(1e-3, 3e-3, 1e-2, 3e-2), beyond=3):
     """The learned optimizer moves the theta of a new one, from scratch, and on beyond its own horizon; beside Adam (P2 figure 8)."""
-    figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     common = dict(optimizer="per_parameter_mlp", seed=seed, horizon=horizon, truncation=horizon, outer_steps=beyond * steps)
     movers = {"learned": dict(outer_optimizer=path)} | {f"Adam {rate:g}": dict(learning_rate=rate, decay_steps=1e12) for rate in rates}
     rows = []
     for name, options in movers.items():
-        curve = np.array([float(row["smoothed"]) for _, row in meta_training(meta_train.Settings(**common, **options))])
-        axis.plot(1 + np.arange(len(curve)), curve, label=name, color="C3" if name == "learned" else None, lw=2 if name == "learned" else 1)
-        rows += [{"mover": name, "outer_step": i + 1, "smoothed": curve[i]} for i in range(9, len(curve), 10)]
-    axis.axvline(steps, color="black", lw=1, ls=":")
-    axis.set(xlabel="outer step (dotted: the longest that the mover was trained for)", ylabel="outer loss, running mean")
-    axis.legend()
+        curve = [float(row["smoothed"]) for _, row in meta_training(meta_train.Settings(**common, **options))]
+        rows += [{"panel": "a new optimizer, learned by", "line": name, "x": i + 1, "y": curve[i]} for i in range(9, len(curve), 10)]
+    figure = picture(rows, {rows[0]["panel"]: dict(xlabel="outer step (dotted: the longest that the mover was trained for)",
+                                                   ylabel="outer loss, running mean")})
+    figure.axes[0].axvline(steps, color="black", lw=1, ls=":")
     return figure, rows
 
 
@@ -753,14 +678,10 @@ def settings_list(seed, count=12, unseen=6, size=32, horizon=400):
     order = greedy(ends("meta_train", count), size)
     print("evaluate.NADAMW_LIST is the beginning of", order, flush=True)
     held_out = ends("held_out", unseen)
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, chosen in (("the list", order), ("as drawn", range(size))):
-        best = np.minimum.accumulate(held_out[:, list(chosen)], 1).mean(0)
-        axis.semilogx(1 + np.arange(size), best, label=name)
-        rows += [{"order": name, "tried": i + 1, "setting": setting, "mean": mean} for i, (setting, mean) in enumerate(zip(chosen, best))]
-    axis.set(xlabel="settings tried on each task", ylabel="root of the final test loss over its start, mean")
-    axis.legend()
-    return figure, rows
+    for line, chosen in (("the list", order), ("as drawn", list(range(size)))):
+        best = np.minimum.accumulate(held_out[:, chosen], 1).mean(0)
+        rows += [{"panel": "NAdamW", "line": line, "x": i + 1, "y": y, "setting": setting} for i, (setting, y) in enumerate(zip(chosen, best))]
+    return picture(rows, {"NAdamW": dict(xscale="log", xlabel="settings tried on each task", ylabel="root of the final test loss / start")}), rows
 
 
 EXPERIMENTS = {"gallery": gallery, "landscape": landscape, "truncation-bias": truncation_bias, "variance": variance, "cost": cost,

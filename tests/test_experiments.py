@@ -13,13 +13,6 @@ import model
 from evaluate import plt
 
 
-@pytest.fixture
-def axis():
-    figure, axis = plt.subplots()
-    yield axis
-    plt.close(figure)
-
-
 def gradients(truncation, steps):
     """The meta-gradient of the linear-quadratic problem in float64; its memory of theta is lost every `truncation` steps."""
     a, b = np.array([[0.9, 0.2], [-0.3, 0.8]]), np.array([[1.0, 0.5, 0.0], [0.0, -0.5, 1.0]])
@@ -33,22 +26,40 @@ def gradients(truncation, steps):
     return np.mean(found, 0)
 
 
-def test_the_crossover_of_bias_and_variance(axis):
-    rows = experiments.crossover(axis, seed=0, count=1000)
-    error = {(row["estimator"], row["pairs"], row["x"]): row["value"] for row in rows}
+def test_the_crossover_of_bias_and_variance():
+    rows = experiments.crossover(seed=0, count=1000)
+    error = {(row["line"], row["x"]): row["y"] for row in rows}
     for k in (1, 2, 4, 8):
         bias = np.sum((gradients(k, 16) - gradients(16, 16)) ** 2)
         # 16 pairs at staggered starts see each truncation equally often: what is left is the bias
-        np.testing.assert_allclose(error["truncated_backprop", 16, k], bias, rtol=0.01)
+        np.testing.assert_allclose(error["truncated_backprop, N = 16", k], bias, rtol=0.01)
         for n in (4, 64):
-            assert error["combined", n, k] < error["pes", n, k]
-        np.testing.assert_allclose(error["pes", 4, k], 16 * error["pes", 64, k], rtol=0.5)  # unbiased: it goes like 1 / N
-        assert error["combined", 64, k] < bias
+            assert error[f"combined, N = {n}", k] < error[f"pes, N = {n}", k]
+        np.testing.assert_allclose(error["pes, N = 4", k], 16 * error["pes, N = 64", k], rtol=0.5)  # unbiased: it goes like 1 / N
+        assert error["combined, N = 64", k] < bias
 
 
-def test_the_variance_of_pes_follows_its_closed_form(axis):
-    for row in experiments.history_variance(axis, seed=0, counts=(1, 2, 8)):
-        np.testing.assert_allclose(row["value"], row["closed_form"], rtol=0.15)  # +- 0.03 by chance
+def test_the_variance_of_pes_follows_its_closed_form():
+    found = {(row["line"], row["x"]): row["y"] for row in experiments.history_variance(seed=0, counts=(1, 2, 8))}
+    assert len(found) == 12
+    for (line, x), y in found.items():
+        if not line.endswith("closed form"):
+            np.testing.assert_allclose(y, found[f"{line}, closed form", x], rtol=0.15)  # +- 0.03 by chance
+
+
+def test_a_picture_shows_medians_and_ranges_and_words_as_points():
+    rows = [{"panel": "a", "line": "learned", "x": x, "y": y} for x, y in ((1, 3.0), (2, 5.0), (1, 9.0), (1, 4.0))]
+    rows += [{"panel": "b", "line": "dots", "x": "word", "y": 2.0, "low": 1.0, "high": 4.0}]
+    figure = experiments.picture(rows, {"a": dict(xlabel="steps", yscale="log"), "b": dict(title="named")})
+    left, right = figure.axes
+    line, = left.lines
+    np.testing.assert_array_equal(line.get_xydata(), [[1, 4], [2, 5]])
+    assert line.get_label() == "learned" and left.get_title() == "a" and left.get_yscale() == "log" and left.get_xlabel() == "steps"
+    shade = left.collections[0].get_paths()[0].vertices
+    assert {tuple(v) for v in shade} >= {(1, 3), (1, 9), (2, 5)}
+    assert right.get_title() == "named" and right.lines[0].get_linestyle() == "None"
+    np.testing.assert_array_equal(right.collections[0].get_segments(), [[[0, 1], [0, 4]]])
+    plt.close(figure)
 
 
 def test_smoothing_averages_gaussian_noise_on_theta():
