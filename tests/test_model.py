@@ -110,12 +110,12 @@ LEARNED = [model.per_parameter_mlp, functools.partial(model.per_parameter_mlp, l
 
 @pytest.mark.parametrize("make", LEARNED)
 def test_steps_shrink_beyond_the_horizon(make):
-    """With a silent output layer they are Adam's until then, and (horizon / t)^2 of them afterwards."""
+    """With a silent output layer they are those of Adam with a warm-up until then, and (horizon / t)^2 of them afterwards."""
     learned = make(horizon=4)
     theta = learned.init(jax.random.key(0)) | {"log_lr": jnp.log(0.01)}
     if "clip/log_multiple" in theta:
         theta["clip/log_multiple"] = jnp.float32(20)  # no clipping
-    optimizer, adam, params = learned.optimizer(theta), model.adam(0.01), tree(0)
+    optimizer, adam, params = learned.optimizer(theta), model.nadamw(0.01, nesterov=False, warmup=50), tree(0)
     state, adams = optimizer.init(params), adam.init(params)
     update = jax.jit(optimizer.update)
     for t in range(1, 9):
@@ -125,13 +125,18 @@ def test_steps_shrink_beyond_the_horizon(make):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, share * b, rtol=1e-4, atol=1e-7), mine, theirs)
 
 
+def test_the_pace_rises_stays_and_falls():
+    np.testing.assert_allclose([model.pace(t, 400) for t in (1, 25, 50, 400, 800)], [0.02, 0.5, 1, 1, 0.25], rtol=1e-6)
+
+
 @pytest.mark.parametrize("make", LEARNED)
-def test_anchored_with_a_silent_output_layer_is_adam(make):
+def test_anchored_with_a_silent_output_layer_is_adam_with_a_warm_up(make):
     learned = make()
     theta = learned.init(jax.random.key(0)) | {"log_lr": jnp.log(0.01)}
     if "clip/log_multiple" in theta:
         theta["clip/log_multiple"] = jnp.float32(20)  # no clipping
-    for mine, adams in zip(run(learned.optimizer(theta), loss=1.0, valid_loss=2.0), run(model.adam(0.01))):
+    for mine, adams in zip(run(learned.optimizer(theta), loss=1.0, valid_loss=2.0),
+                           run(model.nadamw(0.01, nesterov=False, warmup=50))):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), mine, adams)
 
 
@@ -178,7 +183,7 @@ def test_per_parameter_mlp_against_a_loop(anchored):
             adam = memory["m", 0.9] / (1 - 0.9 ** t) / (np.sqrt(memory["v", 0.999] / (1 - 0.999 ** t)) + 1e-8)
             d, a = (h @ np_theta["step/w"]).T
             d, a = d - d.mean() + np_theta["direct/d"] @ own, a + np_theta["direct/a"] @ own
-            return (-np.exp(np_theta["log_lr"] + np.minimum(a, 1)) * (adam + d)).reshape(shape)
+            return (-min(t / 50, 1) * np.exp(np_theta["log_lr"] + np.minimum(a, 1)) * (adam + d)).reshape(shape)
         d, a = (h @ np_theta["step/w"] + np_theta["step/b"]).T
         return (-0.001 * d * np.exp(0.001 * a)).reshape(shape)
     check(learned.optimizer(theta), rule)
@@ -239,8 +244,8 @@ def test_a_steered_step_against_a_loop():
             d = theta["step/w"][:, 0] @ h[:, i] - np.mean(pushes)
             d += sum((theta["direct/d"][f] + np.tanh(steer[1 + f, tensor])) * features[f, i] for f in range(model.ODD))
             a = theta["step/w"][:, 1] @ h[:, i] + theta["direct/a"] @ features[:, i] + steer[0, tensor]
-            wanted[i] = -np.exp(theta["log_lr"] + min(a, 1)) * (adam[i] + d)
-    found = model.step(jax.tree.map(jnp.asarray, theta), jnp.asarray(h), jnp.asarray(features), sizes, adam, jnp.asarray(steer))
+            wanted[i] = -0.7 * np.exp(theta["log_lr"] + min(a, 1)) * (adam[i] + d)
+    found = model.step(jax.tree.map(jnp.asarray, theta), jnp.asarray(h), jnp.asarray(features), sizes, adam, 0.7, jnp.asarray(steer))
     np.testing.assert_allclose(found, wanted, rtol=2e-5)
 
 
