@@ -1,4 +1,4 @@
-"""Compare a learned optimizer with tuned hand-designed ones: `python evaluate.py [theta.npz]`.
+"""Compare a learned optimizer, the shipped one or your own, with tuned hand-designed ones: `python evaluate.py [theta.npz]`.
 
 The tasks are held out (letters, and on the test split fonts, that meta-training never saw). Every optimizer starts from
 the same parameters and sees the same batches. Every baseline has its learning rate tuned per task, with hindsight, anew
@@ -7,7 +7,6 @@ for each figure: for each task and figure the best of ten rates counts. The lear
 import argparse
 import concurrent.futures
 import functools
-import glob
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ import tasks
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+PRETRAINED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pretrained.npz")  # the README says by what command
 EVERY = 20    # steps between two measurements
 BATCHES = 8   # batches a measurement averages over, the same ones each time
 RATES = np.float32(10.0 ** np.arange(-4.5, 0.1, 0.5))  # of the adaptive baselines; SGD, 30 times as much, momentum, 3 times
@@ -395,16 +395,9 @@ def configure_jax(devices=None):
         jax.config.update("jax_compilation_cache_dir", os.path.join(matplotlib.get_cachedir(), "learned_optimizer_programs"))
 
 
-def newest_run():
-    runs = sorted(glob.glob("runs/*/theta.npz"), key=os.path.getmtime)
-    if not runs:
-        raise ValueError("There is no run yet: start `python meta_train.py` first, or name a theta.npz.")
-    return runs[-1]
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
-    parser.add_argument("theta", nargs="?", help="meta-parameters written by meta_train.py (default: the newest run's)")
+    parser.add_argument("theta", nargs="?", default=PRETRAINED, help="meta-parameters written by meta_train.py (default: the shipped ones)")
     parser.add_argument("--family", choices=[*tasks.FAMILIES, *KINDS], default="mlp", help="of the tasks (default: mlp)")
     parser.add_argument("--data", metavar="FILE", help="compare on your own data instead: an .npz file with x_train, y_train, x_test, y_test")
     parser.add_argument("--net", choices=("mlp", "conv"), default="mlp", help="what is trained on your data (default: mlp)")
@@ -419,18 +412,17 @@ def main():
     if options.tasks < 4 or options.horizon < EVERY or options.horizon % EVERY:
         parser.error(f"--tasks must be at least 4, and --horizon a positive multiple of {EVERY}.")
     try:
-        path = options.theta or newest_run()
-        learned, theta = model.load(path)
+        learned, theta = model.load(options.theta)
         family = (tasks.dataset(model.read_npz(options.data), options.net) if options.data
                   else tasks.FAMILIES[options.family]("held_out") if options.family in tasks.FAMILIES
                   else KINDS[options.family]()._replace(name=options.family))
-        target = options.picture or os.path.join(os.path.dirname(path), f"comparison-{family.name}.png")
+        target = options.picture or os.path.join(os.path.dirname(options.theta), f"comparison-{family.name}.png")
         for file in (target, options.json):
             if file and not os.path.isdir(os.path.dirname(file) or "."):
                 raise ValueError(f"There is no folder to write {file} to.")
     except ValueError as error:
         parser.error(str(error))
-    print(f"{path}: {model.about(path)}")
+    print(f"{options.theta}: {model.about(options.theta)}")
     start = time.time()
     curves = compare(family, learned, theta, options.tasks, options.horizon, options.seed, BASELINES | SEARCHES)
     result = summary(curves) | {"costs": costs(family, {"Adam": model.adam(0.01), "learned": learned.optimizer(theta)})}

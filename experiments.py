@@ -694,7 +694,8 @@ BEHAVIOURS = {"generalisation": generalisation, "regularisation": regularisation
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
     parser.add_argument("name", choices=[*EXPERIMENTS, *BEHAVIOURS])
-    parser.add_argument("--theta", metavar="FILE", help=f"whose behaviour it is, for {', '.join(BEHAVIOURS)} (default: the newest run's)")
+    parser.add_argument("--theta", metavar="FILE", default=evaluate.PRETRAINED,
+                        help=f"whose behaviour it is, for {', '.join(BEHAVIOURS)} (default: the shipped optimizer's)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--out", default="figures", help="folder for the picture and the table")
     options = parser.parse_args(arguments)
@@ -704,9 +705,8 @@ def main(arguments=None):
         os.makedirs(options.out, exist_ok=True)
         run = EXPERIMENTS.get(options.name)
         if options.name in BEHAVIOURS:
-            theta = options.theta or evaluate.newest_run()
-            model.load(theta)  # a wrong file is found at once
-            run = functools.partial(BEHAVIOURS[options.name], path=theta)
+            model.load(options.theta)  # a wrong file is found at once
+            run = functools.partial(BEHAVIOURS[options.name], path=options.theta)
     except (OSError, ValueError) as error:
         parser.error(f"{error}")
     figure, rows = run(options.seed)

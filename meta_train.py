@@ -1,7 +1,7 @@
 """Meta-train a learned optimizer: `python meta_train.py`, and nothing else, learns one that beats tuned Adam.
 
 The loop in `train` is the whole program: estimate the meta-gradient, clip it, let Adam move theta, average. At the end
-`fit_step_size` mends by trial what backprop was seen to get wrong: the size of the steps.
+`fit_step_size` mends by trial what backprop was seen to get wrong: the size of the steps, of biases and of all.
 """
 import time
 
@@ -77,6 +77,7 @@ MACHINES = [  # flags that are not kept with a run: a resumed one can have other
 SPLITS = {"valid": "outer_valid", "train": "train"}  # where the batches of the outer loss come from
 PATIENCE = 100  # outer steps in a row that may come to nothing
 MULTIPLES = 2.0 ** np.arange(-1.5, 0.6, 0.5)  # of the step size, tried by `fit_step_size`
+BIASES = 2.0 ** np.arange(0, -5, -1)  # of the step size of biases, likewise
 
 
 class Run(NamedTuple):
@@ -308,21 +309,28 @@ def train(settings, folder, run, programs, wait=300.0):
 
 
 def fit_step_size(settings, theta):
-    """Theta with its step size multiplied by whatever makes the mean outer loss of fresh meta-training tasks least.
+    """Theta with the steps of biases, and then all steps, multiplied by what makes the mean outer loss of fresh meta-training tasks least.
 
-    Along the step size, backprop's slope was seen to disagree with finite differences. One number needs no gradient: five
-    multiples are tried, and the parabolas through their outer losses tell the rest. A theta without log_lr can't be fitted.
+    Along the step size, backprop's slope was seen to disagree with finite differences. Two numbers need no gradient: five multiples
+    of each are tried; of all steps' outer losses, parabolas tell the rest. A theta without log_lr can't be fitted.
     """
     learned = model.LEARNED[settings.optimizer](**sizes(settings))
-    variants = jax.tree.map(lambda x: jnp.stack([x] * len(MULTIPLES)), theta)
-    variants["log_lr"] += jnp.log(jnp.float32(MULTIPLES))
     keys = jax.random.split(jax.random.key(2 ** 31 + settings.seed), settings.fit)  # not those of `evaluate.compare`
-    curves = lambda name: evaluate.learning_curves(
-        watched(tasks.FAMILIES[name](), settings.target), learned.optimizer, variants, keys, settings.horizon)
-    values = np.concatenate([outer_losses(curves(name)) for name in families(settings)])
-    multiple = cautious_minimum(MULTIPLES, values)
-    print("outer loss at " + ", ".join(f"{m:.2f} x: {v:.4f}" for m, v in zip(MULTIPLES, values.mean(0)))
-          + f"; step size multiplied by {multiple:.2f}")
+
+    def trial(name, multiples):
+        """Outer losses [tasks, multiples] with that logarithm in theta raised."""
+        variants = jax.tree.map(lambda x: jnp.stack([x] * len(multiples)), theta)
+        variants[name] += jnp.log(jnp.float32(multiples))
+        watch = [watched(tasks.FAMILIES[name](), settings.target) for name in families(settings)]
+        values = np.concatenate([outer_losses(evaluate.learning_curves(family, learned.optimizer, variants, keys, settings.horizon))
+                                 for family in watch])
+        print(f"{name}: outer loss " + ", ".join(f"{v:.4f} at {m:.2f} x" for m, v in zip(multiples, values.mean(0))), flush=True)
+        return values
+
+    bias = BIASES[trial("log_bias", BIASES).mean(0).argmin()]
+    theta = theta | {"log_bias": theta["log_bias"] + jnp.float32(np.log(bias))}
+    multiple = cautious_minimum(MULTIPLES, trial("log_lr", MULTIPLES))
+    print(f"steps of biases multiplied by {bias:.2f}, then all by {multiple:.2f}")
     return theta | {"log_lr": theta["log_lr"] + jnp.float32(np.log(multiple))}
 
 

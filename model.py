@@ -176,10 +176,10 @@ def dense(theta, name, x):
 
 
 def step_init(key, hidden, own, anchored):
-    """The output layer. Anchored, it starts at zero: an untrained optimizer is Adam, at a learning rate of 0.01 (see `pace`)."""
+    """The output layer. Anchored, it starts at zero: an untrained optimizer is Adam, at a learning rate of 0.01."""
     if anchored:
         return {"step/w": jnp.zeros((hidden, 2)), "direct/d": jnp.zeros(ODD), "direct/a": jnp.zeros(own),
-                "log_lr": jnp.float32(np.log(0.01))}
+                "log_lr": jnp.float32(np.log(0.01)), "log_bias": jnp.float32(0)}
     return {"step/w": jax.random.truncated_normal(key, -2, 2, (hidden, 2)) / np.sqrt(hidden), "step/b": jnp.zeros(2)}
 
 
@@ -187,7 +187,7 @@ def step(theta, h, features, sizes, adam_direction, pace, steer=None):
     """From the last hidden layer h [H, n] and the features [F, n] it was made of to the parameters' change [n].
 
     The papers' form is 0.001 d exp(0.001 a), with d and a linear in h. The anchored form, this project's departure,
-    scales and bends Adam's step: pace lr exp(min(a, 1)) (m_hat / sqrt(v_hat) + d), see `pace`. There d and a also read the
+    scales and bends Adam's step: pace lr exp(min(a, 1)) (m_hat / sqrt(v_hat) + d), see `paces`. There d and a also read the
     features directly, so that a weight decay or another momentum is learned in a few steps; `steer` [1 + ODD, tensors] adds to a
     and, within +-1, to the weights of what d reads, tensor by tensor. What h adds to d has mean zero in each tensor, and
     what d reads directly changes sign with the gradient and the parameter: pushing a whole tensor one way kills ReLU
@@ -243,24 +243,24 @@ def memory_init(params):
     return Memory(zeros, zeros, jnp.int32(0))
 
 
-WARMUP = 50  # steps
+def paces(theta, t, horizon, params):
+    """What anchored steps are multiplied by at time t -> [parameters]. Both factors are this project's.
 
-
-def pace(t, horizon):
-    """What anchored steps are multiplied by at time t: they grow linearly at first, and fall like 1 / t^2 beyond the horizon.
-
-    Both are this project's. v tells the size of a gradient badly at first, and long steps then kill narrow layers of ReLUs for
-    good, a jump that backprop can't see. After more steps than in meta-training, where time stands still for the features,
-    too, full steps would ruin most tasks.
+    Biases of a net (what has fewer than two dimensions, beside something that has two) have a pace of their own: a few long steps
+    of a bias push a narrow layer of ReLUs below zero on all inputs, for good. Backprop can't see such a jump, so it is kept away
+    from this one. After more steps than in meta-training, where time stands still for the features, too, steps fall like 1 / t^2:
+    full ones would ruin most tasks.
     """
-    return jnp.minimum(1.0, t / WARMUP) * (horizon / jnp.maximum(t, horizon)) ** 2
+    weights = np.array([x.ndim > 1 for x in jax.tree.leaves(params)])
+    tensors = jnp.where(weights | ~weights.any(), 1.0, jnp.exp(jax.lax.stop_gradient(theta.get("log_bias", 0.0))))
+    return per_parameter((horizon / jnp.maximum(t, horizon)) ** 2 * tensors[None], sizes(params))[0]
 
 
 @functools.cache
 def per_parameter_mlp(hidden=32, layers=1, anchored=True, horizon=400):
     """P1's optimizer (its released code; `layers=2` is the later LOLv2): features of one parameter and the time go
     through `layers` hidden layers of `hidden` units to a direction and a magnitude, with the same weights everywhere.
-    `horizon` is the number of steps it is meta-trained for, see `pace`.
+    `horizon` is the number of steps it is meta-trained for, see `paces`.
     """
     def init(key):
         keys = jax.random.split(key, layers + 1)
@@ -282,7 +282,7 @@ def per_parameter_mlp(hidden=32, layers=1, anchored=True, horizon=400):
             h = w_own.T @ features + bias[:, None]
             for i in range(1, layers):
                 h = theta[f"mlp{i}/w"].T @ jax.nn.relu(h) + theta[f"mlp{i}/b"][:, None]
-            updates = step(theta, jax.nn.relu(h), features, sizes(params), directions(m, v, t)[B1], pace(t, horizon))
+            updates = step(theta, jax.nn.relu(h), features, sizes(params), directions(m, v, t)[B1], paces(theta, t, horizon, params))
             return unravel(updates), Memory(m, v, t)
 
         return Optimizer(memory_init, update)
@@ -386,7 +386,7 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
     the validation loss compare with the recent training loss, what the tensor's MLP reported, and the mean of all LSTMs.
     Per parameter, an MLP with two hidden layers reads that parameter's features, sinusoids of time, and the LSTM's
     message. Gradients are clipped at a learned multiple of their running size; all initial states are learned. After
-    `horizon` steps, the number it is meta-trained for, the LSTM rests and the steps shrink, see `pace`.
+    `horizon` steps, the number it is meta-trained for, the LSTM rests and the steps shrink, see `paces`.
     Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads how well the gradients agree and how
     many have vanished, and where the output is anchored, these, the time, the losses and the LSTM steer the step directly.
     """
@@ -483,7 +483,7 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
             features = normalised(jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8),
                                                    v, jax.lax.rsqrt(v + 1e-6)]), v[B2] > 0, count)
             hidden_layer = mlp(features, per_parameter(bias, count))
-            updates = step(theta, hidden_layer, features, count, adams[B1], pace(t, horizon), steer)
+            updates = step(theta, hidden_layer, features, count, adams[B1], paces(theta, t, horizon, params), steer)
             return unravel(updates), HierarchicalState(
                 Memory(m, v, t), h, c, dense(theta, "feedback", per_tensor(hidden_layer, count).T),
                 jnp.mean(dense(theta, "context", h), 0), train, valid, size)

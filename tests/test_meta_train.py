@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def whole(tmp_path_factory):
 def test_a_run_ends_with_the_table_and_all_files(whole):
     folder, out = whole
     assert {"theta.npz", "checkpoint.npz", "log.csv", "curves.png", "comparison-function.png", "table.json"} == set(os.listdir(folder))
-    assert all(words in out for words in ("first outer step", "step size multiplied by", "4 tasks", "learned, against"))
+    assert all(words in out for words in ("first outer step", "steps of biases multiplied by", "4 tasks", "learned, against"))
     assert steps_logged(folder) == list(range(1, STEPS + 1))
     assert json.loads((folder / "table.json").read_text())["function"]["tasks"] == 4
     facts = model.about(folder / "theta.npz")
@@ -288,7 +289,7 @@ def test_the_average_weighs_later_thetas_more(monkeypatch):
         seen.append(run.theta)
     for k, x in run.average.items():
         np.testing.assert_allclose(x, np.average([theta[k] for theta in seen], axis=0, weights=[1, 2, 3, 4]), atol=1e-6)
-        assert k.endswith("/b") or not jnp.array_equal(x, run.theta[k])
+        assert k.endswith("/b") or k == "log_bias" or not jnp.array_equal(x, run.theta[k])
 
 
 @pytest.mark.parametrize("estimator", meta_train.RECIPES)
@@ -323,20 +324,24 @@ def test_the_fitted_step_size_is_the_lowest_point_of_a_parabola_less_two_standar
 
 @pytest.mark.parametrize("target, split", [("valid", "outer_valid"), ("train", "train")])
 def test_the_fit_never_looks_at_the_test_split(target, split, monkeypatch):
-    family, multiples = tasks.mlp(), []
+    family, tried = tasks.mlp(), []
 
     def curves(watched, make_optimizer, variants, keys, horizon):
-        multiples.append(np.exp(variants["log_lr"] - theta["log_lr"]))
+        tried.append([np.asarray(variants[name] - theta[name]) for name in ("log_bias", "log_lr")])
         task = family.sample(jax.random.key(1))
         assert jax.tree.all(jax.tree.map(jnp.array_equal, watched.batch(task, jax.random.key(2), "test"),
                                          family.batch(task, jax.random.key(2), split)))
-        x = np.log(multiples[0])[None, :, None, None]
-        return np.where(np.arange(3)[None, None, :, None] == 0, 1, 1 + (x + 0.2) ** 2) * np.ones((len(keys), 1, 1, 2))
+        bias, every = (x[None, :, None, None] for x in tried[-1])
+        later = 1 + (bias + 1.5) ** 2 + (every + 0.2) ** 2
+        return np.where(np.arange(3)[None, None, :, None] == 0, 1, later) * np.ones((len(keys), 1, 1, 2))
 
     monkeypatch.setattr(meta_train.evaluate, "learning_curves", curves)
     theta = model.per_parameter_mlp().init(jax.random.key(0))
     fitted = meta_train.fit_step_size(meta_train.Settings(optimizer="per_parameter_mlp", target=target, horizon=40, fit=4), theta)
-    np.testing.assert_allclose(multiples[0], 2.0 ** np.arange(-1.5, 0.6, 0.5), rtol=1e-5)
+    quarter = np.log(0.25)  # the nearest to -1.5 of the five
+    np.testing.assert_allclose(tried[0], [-np.log(2) * np.arange(5), np.zeros(5)], atol=1e-5)
+    np.testing.assert_allclose(tried[1], [np.full(5, quarter), np.log(2) * np.arange(-1.5, 0.6, 0.5)], atol=1e-5)
+    np.testing.assert_allclose(fitted["log_bias"] - theta["log_bias"], quarter, atol=1e-6)
     np.testing.assert_allclose(fitted["log_lr"] - theta["log_lr"], -0.2, atol=0.02)
 
 
@@ -353,10 +358,11 @@ def test_the_fit_slows_down_what_is_far_too_fast_and_compiles_once():
 
 def test_the_fit_multiplies_the_step_size_and_nothing_else(whole):
     folder, out = whole
-    multiple = float(out.split("step size multiplied by ")[1].split()[0])
+    multiples = re.search(r"steps of biases multiplied by (\S+), then all by (\S+)\n", out).groups()
     stored = model.read_npz(folder / "checkpoint.npz")
     learned, theta = model.load(folder / "theta.npz")
     names = sorted(theta)  # a checkpoint's first leaves are theta's and the average's, in the order of jax.tree.leaves
     before = {name: stored[f"leaf{len(names) + i:04}"] for i, name in enumerate(names)}
-    np.testing.assert_allclose(theta["log_lr"] - before["log_lr"], np.log(multiple), atol=0.02)  # of 0.35, two digits are printed
-    assert all((theta[name] == before[name]).all() for name in names if name != "log_lr")
+    for name, multiple in zip(("log_bias", "log_lr"), multiples):  # of 0.06 or more, two digits are printed
+        np.testing.assert_allclose(theta[name] - before[name], np.log(float(multiple)), atol=0.08)
+    assert all((theta[name] == before[name]).all() for name in names if name not in ("log_bias", "log_lr"))

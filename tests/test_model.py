@@ -105,39 +105,48 @@ def test_the_component_lstm_against_a_plain_loop_over_parameters():
                 np.testing.assert_allclose(path[t - 1][name][place], w, rtol=1e-4, atol=1e-5)
 
 
+PACE = {name: 1.0 if len(shape) > 1 else 0.2 for name, shape in SHAPES.items()}  # where theta slows biases down to a fifth
+SLOW_BIASES = {"log_bias": jnp.log(0.2)}
 LEARNED = [model.per_parameter_mlp, functools.partial(model.per_parameter_mlp, layers=2), model.hierarchical]
 
 
 @pytest.mark.parametrize("make", LEARNED)
 def test_steps_shrink_beyond_the_horizon(make):
-    """With a silent output layer they are those of Adam with a warm-up until then, and (horizon / t)^2 of them afterwards."""
+    """With a silent output layer they are Adam's until then, and (horizon / t)^2 of them afterwards; biases have a pace of their own."""
     learned = make(horizon=4)
-    theta = learned.init(jax.random.key(0)) | {"log_lr": jnp.log(0.01)}
+    theta = learned.init(jax.random.key(0)) | {"log_lr": jnp.log(0.01)} | SLOW_BIASES
     if "clip/log_multiple" in theta:
         theta["clip/log_multiple"] = jnp.float32(20)  # no clipping
-    optimizer, adam, params = learned.optimizer(theta), model.nadamw(0.01, nesterov=False, warmup=50), tree(0)
+    optimizer, adam, params = learned.optimizer(theta), model.adam(0.01), tree(0)
     state, adams = optimizer.init(params), adam.init(params)
     update = jax.jit(optimizer.update)
     for t in range(1, 9):
         mine, state = update(tree(t), state, params, loss=1.0, valid_loss=2.0)
         theirs, adams = adam.update(tree(t), adams)
         share = 1 if t <= 4 else (4 / t) ** 2
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, share * b, rtol=1e-4, atol=1e-7), mine, theirs)
+        for name, factor in PACE.items():
+            np.testing.assert_allclose(mine[name], factor * share * theirs[name], rtol=1e-4, atol=1e-7)
 
 
-def test_the_pace_rises_stays_and_falls():
-    np.testing.assert_allclose([model.pace(t, 400) for t in (1, 25, 50, 400, 800)], [0.02, 0.5, 1, 1, 0.25], rtol=1e-6)
+def test_without_weights_there_are_no_biases_and_backprop_leaves_their_pace_alone():
+    paces = lambda theta, t, params: model.paces(theta, t, 400, params)
+    vectors = {"x": jnp.zeros(3), "y": jnp.zeros(())}
+    np.testing.assert_allclose([paces(SLOW_BIASES, t, vectors) for t in (1, 400, 800)], np.outer([1, 1, 0.25], np.ones(4)))
+    net = {"w": jnp.zeros((2, 1)), "b": jnp.zeros(1)}
+    np.testing.assert_allclose(paces(SLOW_BIASES, 800, net), [0.05, 0.25, 0.25], rtol=1e-6)  # b comes before w
+    assert jax.grad(lambda theta: jnp.sum(paces(theta, 1, net)))(SLOW_BIASES)["log_bias"] == 0
 
 
 @pytest.mark.parametrize("make", LEARNED)
-def test_anchored_with_a_silent_output_layer_is_adam_with_a_warm_up(make):
+def test_anchored_with_a_silent_output_layer_is_adam(make):
     learned = make()
-    theta = learned.init(jax.random.key(0)) | {"log_lr": jnp.log(0.01)}
+    theta = learned.init(jax.random.key(0)) | {"log_lr": jnp.log(0.01)} | SLOW_BIASES
     if "clip/log_multiple" in theta:
         theta["clip/log_multiple"] = jnp.float32(20)  # no clipping
-    for mine, adams in zip(run(learned.optimizer(theta), loss=1.0, valid_loss=2.0),
-                           run(model.nadamw(0.01, nesterov=False, warmup=50))):
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), mine, adams)
+    path = run(learned.optimizer(theta), loss=1.0, valid_loss=2.0)
+    for name, factor in PACE.items():
+        for mine, adams in zip(path, run(model.adam(0.01 * factor))):
+            np.testing.assert_allclose(mine[name], adams[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", LEARNED)
@@ -160,6 +169,7 @@ def test_per_parameter_mlp_against_a_loop(anchored):
     keys = jax.random.split(jax.random.key(4), 3)
     for key, name in zip(keys, ("step/w", "direct/d", "direct/a") if anchored else ()):
         theta[name] = jax.random.normal(key, theta[name].shape)
+    theta |= {"log_bias": jnp.log(0.3)} if anchored else {}
     np_theta = {k: np.float64(x) for k, x in theta.items()}
 
     def rule(memory, g, w, t):
@@ -183,7 +193,7 @@ def test_per_parameter_mlp_against_a_loop(anchored):
             adam = memory["m", 0.9] / (1 - 0.9 ** t) / (np.sqrt(memory["v", 0.999] / (1 - 0.999 ** t)) + 1e-8)
             d, a = (h @ np_theta["step/w"]).T
             d, a = d - d.mean() + np_theta["direct/d"] @ own, a + np_theta["direct/a"] @ own
-            return (-min(t / 50, 1) * np.exp(np_theta["log_lr"] + np.minimum(a, 1)) * (adam + d)).reshape(shape)
+            return (-(1 if len(shape) > 1 else 0.3) * np.exp(np_theta["log_lr"] + np.minimum(a, 1)) * (adam + d)).reshape(shape)
         d, a = (h @ np_theta["step/w"] + np_theta["step/b"]).T
         return (-0.001 * d * np.exp(0.001 * a)).reshape(shape)
     check(learned.optimizer(theta), rule)
