@@ -228,7 +228,7 @@ def test_user_errors_end_in_one_sentence(theta, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "foreign.npz").write_bytes(b"PK not really")
     np.savez(tmp_path / "other.npz", x=np.ones(2))
-    for arguments in ([], ["missing.npz"], ["foreign.npz"], ["other.npz"], [theta, "--tasks", 0], [theta, "--horizon", 30],
+    for arguments in (["--tasks", 3], ["missing.npz"], ["foreign.npz"], ["other.npz"], [theta, "--tasks", 0], [theta, "--horizon", 30],
                       [theta, "--nonsense"], [theta, "--tasks", "many"], [theta, "--family", "chess"], [theta, "--data", "missing.npz"], [theta, "--data", "other.npz"],
                       [theta, "--picture", "no/such/folder/picture.png"], [theta, "--json", "no/such/folder/table.json"]):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
