@@ -317,20 +317,20 @@ def fit_step_size(settings, theta):
     learned = model.LEARNED[settings.optimizer](**sizes(settings))
     keys = jax.random.split(jax.random.key(2 ** 31 + settings.seed), settings.fit)  # not those of `evaluate.compare`
 
-    def trial(name, multiples):
-        """Outer losses [tasks, multiples] with that logarithm in theta raised."""
+    def trial(theta, logarithm, multiples):
+        """Outer losses [tasks, multiples] with that entry of theta raised."""
         variants = jax.tree.map(lambda x: jnp.stack([x] * len(multiples)), theta)
-        variants[name] += jnp.log(jnp.float32(multiples))
+        variants[logarithm] += jnp.log(jnp.float32(multiples))
         watch = [watched(tasks.FAMILIES[name](), settings.target) for name in families(settings)]
         values = np.concatenate([outer_losses(evaluate.learning_curves(family, learned.optimizer, variants, keys, settings.horizon))
                                  for family in watch])
-        print(f"{name}: outer loss " + ", ".join(f"{v:.4f} at {m:.2f} x" for m, v in zip(multiples, values.mean(0))), flush=True)
+        print(f"{logarithm}: outer loss " + ", ".join(f"{v:.4f} at {m:.2f} x" for m, v in zip(multiples, values.mean(0))), flush=True)
         return values
 
-    bias = BIASES[trial("log_bias", BIASES).mean(0).argmin()]
+    bias = BIASES[trial(theta, "log_bias", BIASES).mean(0).argmin()]
     theta = theta | {"log_bias": theta["log_bias"] + jnp.float32(np.log(bias))}
-    multiple = cautious_minimum(MULTIPLES, trial("log_lr", MULTIPLES))
-    print(f"steps of biases multiplied by {bias:.2f}, then all by {multiple:.2f}")
+    multiple = cautious_minimum(MULTIPLES, trial(theta, "log_lr", MULTIPLES))
+    print(f"steps of biases multiplied by {bias:.3g}, then all by {multiple:.3g}")
     return theta | {"log_lr": theta["log_lr"] + jnp.float32(np.log(multiple))}
 
 

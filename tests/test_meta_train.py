@@ -363,6 +363,6 @@ def test_the_fit_multiplies_the_step_size_and_nothing_else(whole):
     learned, theta = model.load(folder / "theta.npz")
     names = sorted(theta)  # a checkpoint's first leaves are theta's and the average's, in the order of jax.tree.leaves
     before = {name: stored[f"leaf{len(names) + i:04}"] for i, name in enumerate(names)}
-    for name, multiple in zip(("log_bias", "log_lr"), multiples):  # of 0.06 or more, two digits are printed
-        np.testing.assert_allclose(theta[name] - before[name], np.log(float(multiple)), atol=0.08)
+    for name, multiple in zip(("log_bias", "log_lr"), multiples):  # three digits are printed
+        np.testing.assert_allclose(theta[name] - before[name], np.log(float(multiple)), atol=0.006)
     assert all((theta[name] == before[name]).all() for name in names if name not in ("log_bias", "log_lr"))

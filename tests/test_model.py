@@ -151,8 +151,8 @@ def test_anchored_with_a_silent_output_layer_is_adam(make):
 
 @pytest.mark.parametrize("make", LEARNED)
 def test_the_papers_output_form(make):
-    """With d = 2 and a = 100 everywhere, every parameter moves by -0.001 * 2 * exp(0.1) at every step."""
-    learned = make(anchored=False)
+    """With d = 2 and a = 100 everywhere, every parameter moves by -0.001 * 2 * exp(0.1) at every step, beyond the horizon, too."""
+    learned = make(anchored=False, horizon=3)
     theta = learned.init(jax.random.key(0))
     theta |= {"step/w": 0 * theta["step/w"], "step/b": jnp.float32([2, 100])}
     assert "log_lr" not in theta
