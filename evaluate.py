@@ -306,7 +306,7 @@ def residual(channels=12, blocks=2):
 
     def sample(key):
         class_key, key = jax.random.split(key)
-        return choose(class_key, jax.random.uniform(key, (4,)))
+        return choose(class_key, jax.random.uniform(key, (5,)))
 
     def init(task, key):
         return plain_weights(key, shapes) | {f"{name}/b": jnp.zeros(shape[1]) for name, shape in shapes.items()}

@@ -176,14 +176,30 @@ def dense(theta, name, x):
 
 
 def step_init(key, hidden, own, anchored):
-    """The output layer. Anchored, it starts at zero: an untrained optimizer is Adam, at a learning rate of 0.01."""
+    """The output layer. Anchored, it starts at zero: an untrained optimizer is Adam at a learning rate of 0.01, but for `paces`."""
     if anchored:
         return {"step/w": jnp.zeros((hidden, 2)), "direct/d": jnp.zeros(ODD), "direct/a": jnp.zeros(own),
                 "log_lr": jnp.float32(np.log(0.01)), "log_bias": jnp.float32(0)}
     return {"step/w": jax.random.truncated_normal(key, -2, 2, (hidden, 2)) / np.sqrt(hidden), "step/b": jnp.zeros(2)}
 
 
-def step(theta, h, features, sizes, adam_direction, pace, steer=None):
+def paces(theta, late, params):
+    """What anchored steps of each tensor are multiplied by -> [tensors]. All three factors are this project's.
+
+    Weights (two dimensions or more): the more inputs a unit sums up, the more one step changes the sum, so beyond 32 inputs
+    (all but the last dimension) steps shrink in proportion (Yang et al. 2021, muP; a large embedding, whose inputs are zero
+    but for one, is slowed for nothing). Biases (fewer dimensions, beside a tensor of weights) have a pace of their own: a few
+    long steps push a narrow layer of ReLUs below zero on all inputs, for good. Backprop can't see such a jump, so it is kept
+    away from this pace. And after `late` times as many steps as in meta-training, where time stands still for the features,
+    too, all steps fall like 1 / late^2: full ones would ruin most tasks.
+    """
+    shapes = [x.shape for x in jax.tree.leaves(params)]
+    weights, inputs = np.array([len(s) > 1 for s in shapes]), np.array([max(np.prod(s[:-1]), 1) for s in shapes])
+    biases = jnp.exp(jax.lax.stop_gradient(theta["log_bias"])) if weights.any() else 1.0
+    return jnp.where(weights, np.minimum(1, 32 / inputs), biases) / late ** 2
+
+
+def step(theta, h, features, params, adam_direction, late, steer=None):
     """From the last hidden layer h [H, n] and the features [F, n] it was made of to the parameters' change [n].
 
     The papers' form is 0.001 d exp(0.001 a), with d and a linear in h. The anchored form, this project's departure,
@@ -196,13 +212,16 @@ def step(theta, h, features, sizes, adam_direction, pace, steer=None):
     d, a = theta["step/w"].T @ h
     if "log_lr" not in theta:
         return -0.001 * (d + theta["step/b"][0]) * jnp.exp(0.001 * (a + theta["step/b"][1]))
-    weights = jnp.tile(theta["direct/d"][:, None], len(sizes))  # [ODD, tensors]
-    a = a + theta["direct/a"] @ features
-    if steer is not None:
-        a, weights = a + per_parameter(steer[:1], sizes)[0], weights + jnp.tanh(steer[1:])
-    direct = jnp.concatenate([w @ x for w, x in zip(weights.T, by_tensor(features[:ODD], sizes))])
-    d = d - per_parameter(per_tensor(d[None], sizes), sizes)[0] + direct
-    return -pace * jnp.exp(theta["log_lr"] + jnp.minimum(a, 1.0)) * (adam_direction + d)
+    count, odd = sizes(params), features[:ODD]
+    center = per_tensor(d[None], count)
+    if steer is None:
+        steer, direct = jnp.zeros((1, len(count))), theta["direct/d"] @ odd
+    else:
+        weights = theta["direct/d"][:, None] + jnp.tanh(steer[1:])  # [ODD, tensors]
+        direct = jnp.concatenate([w @ x for w, x in zip(weights.T, by_tensor(odd, count))])
+    center, steered, pace = per_parameter(jnp.concatenate([center, steer[:1], paces(theta, late, params)[None]]), count)
+    a = jnp.minimum(a + steered + theta["direct/a"] @ features, 1.0)
+    return -pace * jnp.exp(theta["log_lr"] + a) * (adam_direction + d - center + direct)
 
 
 def directions(m, v, t):
@@ -243,19 +262,6 @@ def memory_init(params):
     return Memory(zeros, zeros, jnp.int32(0))
 
 
-def paces(theta, t, horizon, params):
-    """What anchored steps are multiplied by at time t -> [parameters]. Both factors are this project's.
-
-    Biases of a net (what has fewer than two dimensions, beside something that has two) have a pace of their own: a few long steps
-    of a bias push a narrow layer of ReLUs below zero on all inputs, for good. Backprop can't see such a jump, so it is kept away
-    from this one. After more steps than in meta-training, where time stands still for the features, too, steps fall like 1 / t^2:
-    full ones would ruin most tasks.
-    """
-    weights = np.array([x.ndim > 1 for x in jax.tree.leaves(params)])
-    tensors = jnp.where(weights | ~weights.any(), 1.0, jnp.exp(jax.lax.stop_gradient(theta.get("log_bias", 0.0))))
-    return per_parameter((horizon / jnp.maximum(t, horizon)) ** 2 * tensors[None], sizes(params))[0]
-
-
 @functools.cache
 def per_parameter_mlp(hidden=32, layers=1, anchored=True, horizon=400):
     """P1's optimizer (its released code; `layers=2` is the later LOLv2): features of one parameter and the time go
@@ -282,7 +288,7 @@ def per_parameter_mlp(hidden=32, layers=1, anchored=True, horizon=400):
             h = w_own.T @ features + bias[:, None]
             for i in range(1, layers):
                 h = theta[f"mlp{i}/w"].T @ jax.nn.relu(h) + theta[f"mlp{i}/b"][:, None]
-            updates = step(theta, jax.nn.relu(h), features, sizes(params), directions(m, v, t)[B1], paces(theta, t, horizon, params))
+            updates = step(theta, jax.nn.relu(h), features, params, directions(m, v, t)[B1], jnp.maximum(t / horizon, 1))
             return unravel(updates), Memory(m, v, t)
 
         return Optimizer(memory_init, update)
@@ -483,7 +489,7 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
             features = normalised(jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8),
                                                    v, jax.lax.rsqrt(v + 1e-6)]), v[B2] > 0, count)
             hidden_layer = mlp(features, per_parameter(bias, count))
-            updates = step(theta, hidden_layer, features, count, adams[B1], paces(theta, t, horizon, params), steer)
+            updates = step(theta, hidden_layer, features, params, adams[B1], jnp.maximum(t / horizon, 1), steer)
             return unravel(updates), HierarchicalState(
                 Memory(m, v, t), h, c, dense(theta, "feedback", per_tensor(hidden_layer, count).T),
                 jnp.mean(dense(theta, "context", h), 0), train, valid, size)

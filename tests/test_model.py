@@ -105,14 +105,14 @@ def test_the_component_lstm_against_a_plain_loop_over_parameters():
                 np.testing.assert_allclose(path[t - 1][name][place], w, rtol=1e-4, atol=1e-5)
 
 
-PACE = {name: 1.0 if len(shape) > 1 else 0.2 for name, shape in SHAPES.items()}  # where theta slows biases down to a fifth
+PACE = {name: min(1, 32 / max(np.prod(shape[:-1]), 1)) if len(shape) > 1 else 0.2 for name, shape in SHAPES.items()}  # of biases, theta says
 SLOW_BIASES = {"log_bias": jnp.log(0.2)}
 LEARNED = [model.per_parameter_mlp, functools.partial(model.per_parameter_mlp, layers=2), model.hierarchical]
 
 
 @pytest.mark.parametrize("make", LEARNED)
 def test_steps_shrink_beyond_the_horizon(make):
-    """With a silent output layer they are Adam's until then, and (horizon / t)^2 of them afterwards; biases have a pace of their own."""
+    """With a silent output layer they are Adam's until then, and (horizon / t)^2 of them afterwards; each tensor at its pace."""
     learned = make(horizon=4)
     theta = learned.init(jax.random.key(0)) | {"log_lr": jnp.log(0.01)} | SLOW_BIASES
     if "clip/log_multiple" in theta:
@@ -129,12 +129,11 @@ def test_steps_shrink_beyond_the_horizon(make):
 
 
 def test_without_weights_there_are_no_biases_and_backprop_leaves_their_pace_alone():
-    paces = lambda theta, t, params: model.paces(theta, t, 400, params)
     vectors = {"x": jnp.zeros(3), "y": jnp.zeros(())}
-    np.testing.assert_allclose([paces(SLOW_BIASES, t, vectors) for t in (1, 400, 800)], np.outer([1, 1, 0.25], np.ones(4)))
-    net = {"w": jnp.zeros((2, 1)), "b": jnp.zeros(1)}
-    np.testing.assert_allclose(paces(SLOW_BIASES, 800, net), [0.05, 0.25, 0.25], rtol=1e-6)  # b comes before w
-    assert jax.grad(lambda theta: jnp.sum(paces(theta, 1, net)))(SLOW_BIASES)["log_bias"] == 0
+    np.testing.assert_allclose([model.paces(SLOW_BIASES, late, vectors) for late in (1, 2)], [[1, 1], [0.25, 0.25]])
+    net = {"b": jnp.zeros(1), "kernel": jnp.zeros((3, 3, 8, 2)), "none": jnp.zeros((0, 1)), "w": jnp.zeros((32, 1))}
+    np.testing.assert_allclose(model.paces(SLOW_BIASES, 2, net), np.array([0.2, 32 / 72, 1, 1]) / 4, rtol=1e-6)
+    assert jax.grad(lambda theta: jnp.sum(model.paces(theta, 1, net)))(SLOW_BIASES)["log_bias"] == 0
 
 
 @pytest.mark.parametrize("make", LEARNED)
@@ -243,9 +242,10 @@ def test_resting_counts_what_has_lost_its_gradient():
 
 def test_a_steered_step_against_a_loop():
     """Each tensor gets its own pace and its own weights of the features that d reads."""
-    rng, sizes, hidden = np.random.default_rng(0), [4, 0, 3], 5
+    rng, hidden = np.random.default_rng(0), 5
     draw = lambda *shape: np.float32(0.3 * rng.standard_normal(shape))
-    theta = {"step/w": draw(hidden, 2), "direct/d": draw(model.ODD), "direct/a": draw(model.ODD + 2), "log_lr": draw()}
+    theta = {"step/w": draw(hidden, 2), "direct/d": draw(model.ODD), "direct/a": draw(model.ODD + 2), "log_lr": draw(), "log_bias": draw()}
+    params = {"a": np.zeros(4), "b": np.zeros((0, 2)), "c": np.zeros((1, 3))}  # b makes a a tensor of biases
     h, features, adam, steer = draw(hidden, 7), draw(model.ODD + 2, 7), draw(7), draw(1 + model.ODD, 3)
     wanted = np.zeros(7)
     for begin, end, tensor in ((0, 4, 0), (4, 7, 2)):
@@ -254,8 +254,9 @@ def test_a_steered_step_against_a_loop():
             d = theta["step/w"][:, 0] @ h[:, i] - np.mean(pushes)
             d += sum((theta["direct/d"][f] + np.tanh(steer[1 + f, tensor])) * features[f, i] for f in range(model.ODD))
             a = theta["step/w"][:, 1] @ h[:, i] + theta["direct/a"] @ features[:, i] + steer[0, tensor]
-            wanted[i] = -0.7 * np.exp(theta["log_lr"] + min(a, 1)) * (adam[i] + d)
-    found = model.step(jax.tree.map(jnp.asarray, theta), jnp.asarray(h), jnp.asarray(features), sizes, adam, 0.7, jnp.asarray(steer))
+            pace = np.exp(theta["log_bias"]) if tensor == 0 else 1
+            wanted[i] = -pace / 4 * np.exp(theta["log_lr"] + min(a, 1)) * (adam[i] + d)
+    found = model.step(jax.tree.map(jnp.asarray, theta), jnp.asarray(h), jnp.asarray(features), params, adam, 2.0, jnp.asarray(steer))
     np.testing.assert_allclose(found, wanted, rtol=2e-5)
 
 
