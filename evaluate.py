@@ -285,7 +285,7 @@ def one_example():
 
 
 def full_batch():
-    """The mlp family with 256 training examples, all of them in every batch."""
+    """The mlp family with 256 training examples, all of them in every batch: gradients without noise, and soon overfitted."""
     family = mlp_with_batches(256, max_batch=256)
     same = lambda key, split: jax.random.key(0) if split == "train" else key
     return family._replace(batch=lambda task, key, split: family.batch(task, same(key, split), split))
@@ -306,7 +306,7 @@ def residual(channels=12, blocks=2):
 
     def sample(key):
         class_key, key = jax.random.split(key)
-        return choose(class_key, jax.random.uniform(key, (5,)))
+        return choose(class_key, jax.random.uniform(key, (4,)))
 
     def init(task, key):
         return plain_weights(key, shapes) | {f"{name}/b": jnp.zeros(shape[1]) for name, shape in shapes.items()}

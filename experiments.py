@@ -498,7 +498,7 @@ def adaptation(seed, path, count=4, horizon=400):
     (learned, theta), rates, rows = model.load(path), np.float32(10.0 ** np.linspace(-4, -0.5, 8)), []
     keys = jax.random.split(jax.random.key(seed), count)
     sweeps = {"width": ((4, 8, 16, 32, 64, 128), (8, 32)), "batch size": ((2, 8, 32, 64, 256), (8, 64)),
-              "training images": ((50, 100, 200, 500, 2000), (160, 5040))}
+              "training images": ((50, 100, 200, 500, 2000), (560, 561))}
     for panel, (values, _) in sweeps.items():
         for value in values:
             data = letter_data(value if panel == "training images" else 500, seed)

@@ -161,7 +161,6 @@ def weighted_mean(x, weight):
 class Letters(NamedTuple):
     """What a task sees of the letters."""
     classes: jax.Array      # [10] int, rows of the data set
-    examples: jax.Array     # training images of each class
     batch_size: jax.Array
     input_scale: jax.Array
     input_noise: jax.Array  # standard deviation, fresh in every batch of every split; ink is 1, paper 0
@@ -169,7 +168,7 @@ class Letters(NamedTuple):
 
 
 def letter_batches(pool, max_batch, num_classes=10):
-    """-> (choose(key, u [5]) -> Letters, batch(letters, key, split)) on the alphabet of that pool.
+    """-> (choose(key, u [4]) -> Letters, batch(letters, key, split)) on the alphabet of that pool.
 
     A batch is images [B, 64], labels [B], weights [B]; the weights mask what exceeds the task's batch size (training only:
     the other splits always use all of max_batch). The alphabet's mean training image is taken off all images.
@@ -177,9 +176,8 @@ def letter_batches(pool, max_batch, num_classes=10):
     images = {split: pooled(letters()[f"{pool}/{split}"], shifts=(-1, 0, 1) if split == "train" else (0,))
               for split in SPLITS}
     mean = images["train"].mean((0, 1))
-    rng = np.random.default_rng(0)
-    images["train"] = rng.permutation(images["train"], axis=1)  # so that the first of them are of all fonts
     images = {split: jnp.asarray(x - mean) for split, x in images.items()}  # [C, E, 64]
+    rng = np.random.default_rng(0)
     noise = jnp.asarray(rng.standard_normal((4096, 64)), jnp.float32)  # drawn once: indexing is cheaper than drawing
     examples = images["train"].shape[1]
     luck = jnp.asarray(rng.uniform(size=(num_classes, examples)), jnp.float32)  # example is mislabelled if luck < label_noise
@@ -188,16 +186,14 @@ def letter_batches(pool, max_batch, num_classes=10):
     def choose(key, u):
         return Letters(
             classes=jax.lax.top_k(jax.random.uniform(key, (images["train"].shape[0],)), num_classes)[1],
-            examples=jnp.round(jnp.minimum(log_uniform(u[4], 16, examples ** 2 / 16), examples)).astype(int),  # half have all
-            batch_size=jnp.round(log_uniform(u[0], max_batch / 16, max_batch)).astype(int),
+            batch_size=jnp.round(log_uniform(u[0], max_batch / 8, max_batch)).astype(int),
             input_scale=log_uniform(u[1], 0.5, 2.0),
             input_noise=jnp.maximum(0, 0.6 * u[2] - 0.3),  # half of the tasks have none
             label_noise=jnp.maximum(0, 0.6 * u[3] - 0.3))
 
     def batch(task, key, split):
         u = jax.random.uniform(key, (3, max_batch))  # one call: random numbers are a good part of a small step
-        count = task.examples if split == "train" else images[split].shape[1]
-        y, e, n = (u * jnp.stack([num_classes, count, len(noise)])[:, None]).astype(int)
+        y, e, n = (u * np.float32([[num_classes], [images[split].shape[1]], [len(noise)]])).astype(int)
         x = images[split][task.classes[y], e] + task.input_noise * noise[n]  # [B, 64]
         if split != "train":
             return x * task.input_scale, y, jnp.ones(max_batch)
@@ -221,18 +217,18 @@ class MLPTask(NamedTuple):
 def mlp(pool="meta_train", max_depth=2, max_width=32, max_batch=64, num_classes=10):
     """Classification of 8x8 letters by fully connected nets (P2's and TaskSet's `mlp`, with P1's disjoint classes).
 
-    Every task draws its own letters, number of examples, depth, widths, activation, batch size, scales of initialisation and
-    input, and noise on inputs and labels. Loss: mean cross-entropy in nats. Batch: see `letter_batches`.
+    Every task draws its own letters, depth, widths, activation, batch size, scales of initialisation and input, and
+    noise on inputs and labels. Loss: mean cross-entropy in nats. Batch: see `letter_batches`.
     """
     choose, letter_batch = letter_batches(pool, max_batch, num_classes)
     count = 64 * max_width + (max_depth - 1) * max_width ** 2 + max_width * num_classes
 
     def sample(key):
         class_key, key = jax.random.split(key)
-        u = jax.random.uniform(key, (9 + max_depth,))  # one call for all: a random call is slow to compile
+        u = jax.random.uniform(key, (8 + max_depth,))  # one call for all: a random call is slow to compile
         wide, rest = u[1:1 + max_depth], u[1 + max_depth:]
         return MLPTask(
-            letters=choose(class_key, rest[np.array([1, 3, 4, 5, 6])]),
+            letters=choose(class_key, rest[np.array([1, 3, 4, 5])]),
             depth=1 + (max_depth * u[0]).astype(int),
             widths=jnp.round(log_uniform(wide, 8, max_width)).astype(int),
             activation=(len(ACTIVATIONS) * rest[0]).astype(int),
@@ -295,12 +291,12 @@ def conv(pool="meta_train", max_channels=8, max_batch=32, num_classes=10):
 
     def sample(key):
         class_key, key = jax.random.split(key)
-        u = jax.random.uniform(key, (12,))
+        u = jax.random.uniform(key, (11,))
         pick = lambda u, n: (n * u).astype(int)
-        return ConvTask(letters=choose(class_key, u[:5]), depth=1 + pick(u[5], 2),
-                        channels=jnp.round(log_uniform(u[6:8], max_channels / 4, max_channels)).astype(int),
-                        strides=pick(u[8], 3), head=pick(u[9], 3),
-                        activation=pick(u[10], len(ACTIVATIONS)), init_scale=log_uniform(u[11], 0.5, 2.0))
+        return ConvTask(letters=choose(class_key, u[:4]), depth=1 + pick(u[4], 2),
+                        channels=jnp.round(log_uniform(u[5:7], max_channels / 4, max_channels)).astype(int),
+                        strides=pick(u[7], 3), head=pick(u[8], 3),
+                        activation=pick(u[9], len(ACTIVATIONS)), init_scale=log_uniform(u[10], 0.5, 2.0))
 
     def real_channels(task):
         """Masks of the channels of the first convolution, of the second, and of what the head reads."""
@@ -377,11 +373,11 @@ def autoencoder(pool="meta_train", max_width=24, max_code=12, max_batch=64):
 
     def sample(key):
         class_key, key = jax.random.split(key)
-        u = jax.random.uniform(key, (12,))
+        u = jax.random.uniform(key, (11,))
         return AutoencoderTask(
-            letters=choose(class_key, u[:5]), width=jnp.round(log_uniform(u[5], 8, max_width)).astype(int),
-            code=jnp.round(log_uniform(u[6], 2, max_code)).astype(int), activation=(len(ACTIVATIONS) * u[7]).astype(int),
-            init_scale=log_uniform(u[8], 0.5, 2.0), output=(3 * u[9]).astype(int), absolute=u[10] < 1 / 3, variational=u[11] < 1 / 3)
+            letters=choose(class_key, u[:4]), width=jnp.round(log_uniform(u[4], 8, max_width)).astype(int),
+            code=jnp.round(log_uniform(u[5], 2, max_code)).astype(int), activation=(len(ACTIVATIONS) * u[6]).astype(int),
+            init_scale=log_uniform(u[7], 0.5, 2.0), output=(3 * u[8]).astype(int), absolute=u[9] < 1 / 3, variational=u[10] < 1 / 3)
 
     def masks(task):
         """Of the hidden layers, of the code, and of the code's mean and log deviation, side by side."""

@@ -84,11 +84,8 @@ def test_tasks_differ_are_deterministic_and_stay_in_range():
     assert jax.tree.all(jax.tree.map(jnp.array_equal, many, again))
     assert len(np.unique(np.asarray(many.init_scale))) > 490
     assert set(np.unique(many.depth)) == {1, 2} and set(np.unique(many.activation)) == {0, 1, 2, 3}
-    ranges = ((many.widths, 8, 32), (many.letters.batch_size, 4, 64), (many.letters.examples, 16, 504), (many.init_scale, 0.5, 2),
-              (many.letters.input_noise, 0, 0.3))
-    for x, low, high in ranges:
+    for x, low, high in ((many.widths, 8, 32), (many.letters.batch_size, 8, 64), (many.init_scale, 0.5, 2), (many.letters.input_noise, 0, 0.3)):
         assert x.min() >= low and x.max() <= high and x.max() - x.min() > 0.8 * (high - low)
-    assert abs((many.letters.examples == 504).mean() - 0.5) < 0.07
     assert all(len(set(row)) == 10 for row in np.asarray(many.letters.classes))
 
 
@@ -120,9 +117,6 @@ def test_batches_come_from_their_split_with_the_tasks_noise():
             match = np.abs(images[y[i]].reshape(-1, 64) * task.letters.input_scale - x[i][None]).max(1).min()
             assert match < 1e-4  # a grey level is 0.004
         assert weight.sum() == (13 if split == "train" else 64)
-    few = task._replace(letters=task.letters._replace(examples=jnp.int32(3)))
-    x, y, _ = jax.vmap(lambda k: FAMILY.batch(few, k, "train"))(jax.random.split(jax.random.key(0), 50))
-    assert all(len(np.unique(x[y == label], axis=0)) == 3 for label in range(10))
     noisy = task._replace(letters=task.letters._replace(input_noise=jnp.float32(0.2), label_noise=jnp.float32(0.25)))
     x, y, _ = jax.vmap(lambda k: FAMILY.batch(noisy, k, "train"))(jax.random.split(jax.random.key(0), 300))
     x0, y0, _ = jax.vmap(lambda k: FAMILY.batch(task, k, "train"))(jax.random.split(jax.random.key(0), 300))
