@@ -184,7 +184,7 @@ def step_init(key, hidden, own, anchored):
 
 
 def paces(theta, late, params):
-    """What anchored steps of each tensor are multiplied by -> [tensors]. All three factors are this project's.
+    """What anchored steps of each tensor are multiplied by -> [tensors]. None of the three factors is P1's or P2's.
 
     Weights (two dimensions or more): the more inputs a unit sums up, the more one step changes the sum, so beyond 32 inputs
     (all but the last dimension) steps shrink in proportion (Yang et al. 2021, muP; a large embedding, whose inputs are zero
