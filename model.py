@@ -128,27 +128,27 @@ def by_tensor(x, sizes):
     return jnp.split(x, np.cumsum(sizes)[:-1], axis=-1)
 
 
+def mean(x):
+    """Over the last axis; 0 where that is empty. XLA's code for CPUs is faster for a product than for a sum."""
+    n = x.shape[-1]
+    return x @ np.full(n, 1 / max(n, 1), np.float32)
+
+
 def per_tensor(x, sizes):
-    """Means over each tensor's parameters: [F, parameters] -> [F, tensors]; 0 for an empty tensor."""
-    return jnp.stack([jnp.sum(part, 1) / max(n, 1) for part, n in zip(by_tensor(x, sizes), sizes)], 1)
+    """Means over each tensor's parameters: [F, parameters] -> [tensors, F]."""
+    return jnp.stack([mean(part) for part in by_tensor(x, sizes)])
 
 
-def per_parameter(x, sizes):
-    """What is known of each tensor, told to all its parameters: [F, tensors] -> [F, parameters]."""
-    return jnp.concatenate([jnp.broadcast_to(x[:, i:i + 1], (len(x), n)) for i, n in enumerate(sizes)], 1)
-
-
-def normalised(x, seen, sizes):
-    """Each feature over its root mean square in its tensor (P1; not centred), within +-5: [F, parameters] -> the same.
+def normalised(x, seen):
+    """Each feature of a tensor over its root mean square there (P1; not centred), within +-5: [F, n] -> the same.
 
     P2 (appendix C.4) clips, too, and calls it crucial; its bound is not given. Parameters that never had a gradient
-    (`seen` [parameters] is false: padding, dead units) are not part of the mean. Backprop takes the root mean squares as
+    (`seen` [n] is false: padding, dead units) are not part of the mean. Backprop takes the root mean squares as
     given, an approximation that makes it faster by a tenth.
     """
-    given = jax.lax.stop_gradient(x * x)
-    parts = zip(by_tensor(given, sizes), by_tensor(seen.astype(x.dtype), sizes))
-    power = jnp.stack([squares @ s / (jnp.sum(s) + 1e-8) for squares, s in parts], 1)  # [F, tensors]
-    return jnp.clip(x * per_parameter(jax.lax.rsqrt(1e-5 + power), sizes), -5, 5)
+    seen = seen.astype(x.dtype)
+    power = jax.lax.stop_gradient(x * x) @ seen / (jnp.sum(seen) + 1e-8)  # [F]
+    return jnp.clip(x * jax.lax.rsqrt(1e-5 + power)[:, None], -5, 5)
 
 
 def parameter_features(g, w, m, v):
@@ -175,6 +175,11 @@ def dense(theta, name, x):
     return x @ theta[f"{name}/w"] + theta[f"{name}/b"][None]
 
 
+def joined(*parts):
+    """[rows, inputs] side by side, kept whole: XLA would multiply each part on its own, in many small and slow products."""
+    return jax.lax.optimization_barrier(jnp.concatenate(parts, 1))
+
+
 def step_init(key, hidden, own, anchored):
     """The output layer. Anchored, it starts at zero: an untrained optimizer is Adam at a learning rate of 0.01, but for `paces`."""
     if anchored:
@@ -199,29 +204,24 @@ def paces(theta, late, params):
     return jnp.where(weights, np.minimum(1, 32 / inputs), biases) / late ** 2
 
 
-def step(theta, h, features, params, adam_direction, late, steer=None):
-    """From the last hidden layer h [H, n] and the features [F, n] it was made of to the parameters' change [n].
+def step(theta, h, features, adam_direction, pace, steer=None):
+    """From a tensor's last hidden layer h [H, n] and the features [F, n] it was made of to its parameters' change [n].
 
     The papers' form is 0.001 d exp(0.001 a), with d and a linear in h. The anchored form, this project's departure,
     scales and bends Adam's step: pace lr exp(min(a, 1)) (m_hat / sqrt(v_hat) + d), see `paces`. There d and a also read the
-    features directly, so that a weight decay or another momentum is learned in a few steps; `steer` [1 + ODD, tensors] adds to a
-    and, within +-1, to the weights of what d reads, tensor by tensor. What h adds to d has mean zero in each tensor, and
-    what d reads directly changes sign with the gradient and the parameter: pushing a whole tensor one way kills ReLU
-    units, which costs much later and shows in no derivative. Hence the limit of 1 on a, too.
+    features directly, so that a weight decay or another momentum is learned in a few steps; `steer` [1 + ODD] adds to a
+    and, within +-1, to the weights of what d reads. What h adds to d has mean zero, and what d reads directly changes sign
+    with the gradient and the parameter: pushing a whole tensor one way kills ReLU units, which costs much later and shows in
+    no derivative. Hence the limit of 1 on a, too.
     """
     d, a = theta["step/w"].T @ h
     if "log_lr" not in theta:
         return -0.001 * (d + theta["step/b"][0]) * jnp.exp(0.001 * (a + theta["step/b"][1]))
-    count, odd = sizes(params), features[:ODD]
-    center = per_tensor(d[None], count)
-    if steer is None:
-        steer, direct = jnp.zeros((1, len(count))), theta["direct/d"] @ odd
-    else:
-        weights = theta["direct/d"][:, None] + jnp.tanh(steer[1:])  # [ODD, tensors]
-        direct = jnp.concatenate([w @ x for w, x in zip(weights.T, by_tensor(odd, count))])
-    center, steered, pace = per_parameter(jnp.concatenate([center, steer[:1], paces(theta, late, params)[None]]), count)
-    a = jnp.minimum(a + steered + theta["direct/a"] @ features, 1.0)
-    return -pace * jnp.exp(theta["log_lr"] + a) * (adam_direction + d - center + direct)
+    direct, a = theta["direct/d"], a + theta["direct/a"] @ features
+    if steer is not None:
+        direct, a = direct + jnp.tanh(steer[1:]), a + steer[0]
+    push = adam_direction + d - mean(d) + direct @ features[:ODD]
+    return -pace * jnp.exp(theta["log_lr"] + jnp.minimum(a, 1.0)) * push
 
 
 def directions(m, v, t):
@@ -234,18 +234,18 @@ def directions(m, v, t):
 
 
 def signal_to_noise(directions, v, t, sizes):
-    """How well the gradients of a tensor agree over the span of each average: [5, n] -> [5, tensors], in decibels above
+    """How well the gradients of a tensor agree over the span of each average: [5, n] -> [tensors, 5], in decibels above
     gradients of pure noise. Parameters that never had a gradient (padding, dead units) do not count."""
-    seen = v[B2:B2 + 1] > 0
-    power = per_tensor(jnp.concatenate([directions ** 2, seen]), sizes)
-    noise = (1 - DECAYS) / (1 + DECAYS) * (1 + DECAYS ** t) / (1 - DECAYS ** t)  # of an average of white noise of power 1
-    return 10 * jnp.log10(power[:-1] / (power[-1:] + 1e-8) / noise + 0.1)
+    power, seen = jnp.split(per_tensor(jnp.concatenate([directions ** 2, v[B2:B2 + 1] > 0]), sizes), [len(DECAYS)], axis=1)
+    decays = DECAYS[:, 0]
+    noise = (1 - decays) / (1 + decays) * (1 + decays ** t) / (1 - decays ** t)  # of an average of white noise of power 1
+    return 10 * jnp.log10(power / (seen + 1e-8) / noise[None] + 0.1)
 
 
 def resting(g, v, sizes):
     """The share of a tensor's parameters that had a gradient once and have none in this step -> [tensors]. Dying units show."""
     seen = v[B2] > 0
-    seen, still = per_tensor(jnp.stack([seen, seen & (g == 0)]).astype(g.dtype), sizes)
+    seen, still = per_tensor(jnp.stack([seen, seen & (g == 0)]).astype(g.dtype), sizes).T
     return still / (seen + 1e-8)
 
 
@@ -284,12 +284,18 @@ def per_parameter_mlp(hidden=32, layers=1, anchored=True, horizon=400):
             m, v, t = averages(memory.m, g), averages(memory.v, g * g), memory.t + 1
             w_own, w_time = jnp.split(theta["mlp0/w"], [ODD])
             bias = tanh_times(jnp.minimum(t, horizon)) @ w_time + theta["mlp0/b"]
-            features = normalised(parameter_features(g, w, m, v), v[B2] > 0, sizes(params))
-            h = w_own.T @ features + bias[:, None]
-            for i in range(1, layers):
-                h = theta[f"mlp{i}/w"].T @ jax.nn.relu(h) + theta[f"mlp{i}/b"][:, None]
-            updates = step(theta, jax.nn.relu(h), features, params, directions(m, v, t)[B1], jnp.maximum(t / horizon, 1))
-            return unravel(updates), Memory(m, v, t)
+            count = sizes(params)
+            pace = paces(theta, jnp.maximum(t / horizon, 1), params) if anchored else [None] * len(count)
+
+            def tensor(features, seen, adam_direction, pace):
+                features = normalised(features, seen)
+                h = w_own.T @ features + bias[:, None]
+                for i in range(1, layers):
+                    h = theta[f"mlp{i}/w"].T @ jax.nn.relu(h) + theta[f"mlp{i}/b"][:, None]
+                return step(theta, jax.nn.relu(h), features, adam_direction, pace)
+
+            parts = (by_tensor(x, count) for x in (parameter_features(g, w, m, v), v[B2] > 0, directions(m, v, t)[B1]))
+            return unravel(jnp.concatenate([*map(tensor, *parts, pace)])), Memory(m, v, t)
 
         return Optimizer(memory_init, update)
 
@@ -396,7 +402,7 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
     Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads how well the gradients agree and how
     many have vanished, and where the output is anchored, these, the time, the losses and the LSTM steer the step directly.
     """
-    timescales = np.float32([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])[:, None]
+    timescales = np.float32([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])
     own = ODD + 1 + 2 * len(DECAYS)  # features of a parameter; what all parameters of a tensor share enters as a bias
     shared = CONDITION + 3 + len(timescales)
 
@@ -445,53 +451,51 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
             count = np.array(sizes(params))
             means, squares = jnp.split(per_tensor(jnp.stack([
                 jnp.mean(m, 0), jnp.mean(v, 0), w, jnp.mean(m * m, 0), jnp.mean(v * v, 0), w * w, g * g,
-            ]), count), [3])  # [3, tensors], [4, tensors]
-            norms = jnp.sqrt(count[None] * squares[2:4] + 1e-16)  # of w and g
-            logs = log_size(jnp.concatenate([means, squares[:3] - means ** 2, norms]))  # [8, tensors]
+            ]), count), [3], axis=1)  # [tensors, 3], [tensors, 4]
+            norms = jnp.sqrt(count[:, None] * squares[:, 2:] + 1e-16)  # of w and g
+            logs = log_size(jnp.concatenate([means, squares[:, :3] - means ** 2, norms], 1))  # [tensors, 8]
             shapes = [(*x.shape, 1, 1, 1, 1)[:4] for x in jax.tree.leaves(params)]
             scalar = [1.0 if x.ndim == 0 else -1.0 for x in jax.tree.leaves(params)]
             known = np.concatenate([np.array(scalar)[:, None], np.log(np.maximum(shapes, 1)) - 1], 1)
-            return jnp.concatenate([logs.T, jnp.sign(means).T, known], 1), squares[2]
+            return jnp.concatenate([logs, jnp.sign(means), known], 1), squares[:, 2]
 
-        def lstm_step(x, h, c):
-            """All tensors at once: x [tensors, inputs], h, c [tensors, lstm]."""
-            return lstm_cell(jnp.split(dense(theta, "lstm", jnp.concatenate([x, h], 1)), 4, axis=1), c)
-
-        def mlp(features, bias):
-            """features [23, parameters], bias [hidden, parameters] -> last hidden layer [hidden, parameters]."""
-            h = jax.nn.relu(theta["mlp0/w"][:own].T @ features + bias)
-            return jax.nn.relu(theta["mlp1/w"].T @ h + theta["mlp1/b"][:, None])
+        def tensor(features, seen, adam_direction, bias, pace, steer):
+            """One tensor's parameters: features [23, n], bias [hidden] -> change [n], mean of the last hidden layer."""
+            features = normalised(features, seen)
+            h = jax.nn.relu(theta["mlp0/w"][:own].T @ features + bias[:, None])
+            h = jax.nn.relu(theta["mlp1/w"].T @ h + theta["mlp1/b"][:, None])
+            return step(theta, h, features, adam_direction, pace, steer), mean(h)
 
         def update(grads, state, params, *, loss=None, valid_loss=None, **extra):
             count, (w, unravel) = np.array(sizes(params)), ravel_pytree(params)
+            each = lambda x: jnp.tile(x, (len(count), 1))  # what is the same for all tensors
             g, size = clipped(ravel_pytree(grads)[0], state, count)
             m, v, t = averages(state.memory.m, g), averages(state.memory.v, g * g), state.memory.t + 1
             train, valid = observe(state.train, loss, TRAIN_DECAY), observe(state.valid, valid_loss, VALID_DECAY)
 
             known, w_square = statistics(g, w, m, v, params)
             adams = directions(m, v, t)
-            signal, rest = signal_to_noise(adams, v, t, count), 5 * resting(g, v, count)
+            signal, rest = signal_to_noise(adams, v, t, count), 5 * resting(g, v, count)[:, None]
             surprises = loss_features(train, valid, loss)
-            everywhere = jnp.tile(jnp.concatenate([surprises, state.context]), (len(count), 1))
-            h, c = lstm_step(jnp.concatenate([known, signal.T / 10, rest[:, None], everywhere, state.feedback], 1), state.h, state.c)
+            x = joined(known, signal / 10, rest, each(surprises), each(state.context), state.feedback, state.h)
+            h, c = lstm_cell(jnp.split(dense(theta, "lstm", x), 4, axis=1), state.c)
             h, c = jnp.where(t > horizon, state.h, h), jnp.where(t > horizon, state.c, c)
             clock = jnp.minimum(t, horizon)
 
             logs = [jnp.full(len(count), np.log(len(count)) - 1), 0.5 * jnp.log(count * w_square + 1e-8),
                     np.log(np.maximum(count, 1))]
-            time = jnp.tile(jnp.sin(clock / (np.pi * timescales)), (1, len(count)))
-            condition = jnp.concatenate([dense(theta, "condition", h).T, jnp.stack(logs), time])  # [shared, tensors]
-            bias = theta["mlp0/w"][own:].T @ condition + theta["mlp0/b"][:, None]
-            steer = None
+            time = jnp.sin(clock / (np.pi * timescales))
+            condition = joined(dense(theta, "condition", h), jnp.stack(logs, 1), each(time))  # [tensors, shared]
+            bias = condition @ theta["mlp0/w"][own:] + theta["mlp0/b"][None]
+            pace = steer = [None] * len(count)
             if anchored:  # P1's times from 10 to 3000 steps; the others hardly change in an episode
-                common = jnp.tile(jnp.concatenate([tanh_times(clock)[1:7], surprises])[:, None], len(count))
-                steer = theta["steer"].T @ jnp.concatenate([h.T, common, signal, rest[None]])  # [1 + ODD, tensors]
-            features = normalised(jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8),
-                                                   v, jax.lax.rsqrt(v + 1e-6)]), v[B2] > 0, count)
-            hidden_layer = mlp(features, per_parameter(bias, count))
-            updates = step(theta, hidden_layer, features, params, adams[B1], jnp.maximum(t / horizon, 1), steer)
-            return unravel(updates), HierarchicalState(
-                Memory(m, v, t), h, c, dense(theta, "feedback", per_tensor(hidden_layer, count).T),
+                steer = joined(h, each(tanh_times(clock)[1:7]), each(surprises), signal, rest) @ theta["steer"]
+                pace = paces(theta, jnp.maximum(t / horizon, 1), params)
+            features = jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8), v, jax.lax.rsqrt(v + 1e-6)])
+            parts = (by_tensor(x, count) for x in (features, v[B2] > 0, adams[B1]))
+            updates, reports = zip(*map(tensor, *parts, bias, pace, steer))
+            return unravel(jnp.concatenate(updates)), HierarchicalState(
+                Memory(m, v, t), h, c, dense(theta, "feedback", jnp.stack(reports)),
                 jnp.mean(dense(theta, "context", h), 0), train, valid, size)
 
         return Optimizer(opt_init, update)
