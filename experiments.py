@@ -513,11 +513,13 @@ def adaptation(seed, path, count=4, horizon=400):
 
 
 def with_valid_loss(optimizer, horizon, given):
-    """The optimizer, told given(loss, past validation losses [horizon], t) instead of the validation loss."""
+    """The optimizer, told given(loss, past validation losses [horizon], t) where it would be told a validation loss."""
     def update(grads, state, params, *, loss=None, valid_loss=None):
         state, past, t = state
         past = past.at[t].set(valid_loss)
-        updates, state = optimizer.update(grads, state, params, loss=loss, valid_loss=given(loss, past, t))
+        told = given(loss, past, t)
+        told = None if told is None else jnp.where(jnp.isnan(valid_loss), valid_loss, told)
+        updates, state = optimizer.update(grads, state, params, loss=loss, valid_loss=told)
         return updates, (state, past, t + 1)
 
     return model.Optimizer(lambda params: (optimizer.init(params), jnp.zeros(horizon), jnp.int32(0)), update)
@@ -527,7 +529,11 @@ def validation_feature(seed, path, count=64, horizon=400):
     """The same optimizer with its validation input as it is, cut, taken at a random earlier step, or replaced by the training loss."""
     (learned, theta), finals, rows = model.load(path), {}, []
     keys, family = jax.random.split(jax.random.key(seed), count), tasks.mlp("held_out")
-    earlier = lambda loss, past, t: past[(jax.random.uniform(jax.random.fold_in(jax.random.key(seed), t)) * (t + 1)).astype(int)]
+
+    def earlier(loss, past, t):
+        key = jax.random.fold_in(jax.random.key(seed), t)
+        return past[tasks.VALID_EVERY * jax.random.randint(key, (), 0, t // tasks.VALID_EVERY + 1)]
+
     variants = {"as it is": lambda loss, past, t: past[t], "cut": lambda loss, past, t: None, "of an earlier step": earlier,
                 "the training loss": lambda loss, past, t: loss}
     for name, given in variants.items():

@@ -518,7 +518,7 @@ def parse():
             if set(stored) != {field.name for field in dataclasses.fields(Settings)}:
                 raise ValueError(f"{path} is not a checkpoint of this program.")
             for name in given:
-                if name not in ("outer_steps", "minutes", "fit", "compare") and given[name] != stored[name]:
+                if name not in ("outer_steps", "minutes", "decay_steps", "fit", "compare") and given[name] != stored[name]:
                     raise ValueError(f"{folder} was begun with {name} = {stored[name]}, not {given[name]}: "
                                      "resume it without that flag, or start a new run.")
             given = stored | given

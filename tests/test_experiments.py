@@ -120,14 +120,14 @@ def test_the_letters_of_a_small_data_set():
 
 
 def test_the_validation_loss_can_be_replaced():
-    """The optimizer inside sees what `given` makes of the loss and of all validation losses so far."""
+    """The optimizer inside sees what `given` makes of the loss and of all validation losses so far, where there is one."""
     seen = []
     inner = model.Optimizer(lambda params: (), lambda grads, state, params, loss, valid_loss: (seen.append(float(valid_loss)) or grads, ()))
     replaced = experiments.with_valid_loss(inner, 4, lambda loss, past, t: 10 * loss + past[0] + past[t])
     state = replaced.init({"x": np.ones(2)})
-    for t in range(3):
-        _, state = replaced.update({}, state, {}, loss=t, valid_loss=1.0 + t)
-    np.testing.assert_allclose(seen, [0 + 1 + 1, 10 + 1 + 2, 20 + 1 + 3])
+    for t, valid_loss in enumerate((1.0, np.nan, 3.0)):
+        _, state = replaced.update({}, state, {}, loss=t, valid_loss=valid_loss)
+    np.testing.assert_allclose(seen, [0 + 1 + 1, np.nan, 20 + 1 + 3])
 
 
 def test_a_behaviour_of_no_optimizer_is_refused(tmp_path, monkeypatch, capsys):

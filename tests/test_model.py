@@ -209,6 +209,8 @@ def test_loss_features():
     assert model.surprise(average, jnp.float32(1e9)) == 5
     for ignored in (None, jnp.float32(jnp.nan), jnp.float32(jnp.inf)):
         assert jax.tree.all(jax.tree.map(jnp.array_equal, model.observe(average, ignored, 0.9), average))
+        slope = jax.grad(lambda mean: sum(model.observe(average._replace(mean=mean), ignored, 0.9)[:2]))(average.mean)
+        assert slope == 1  # nor does backprop see it
 
 
 @pytest.mark.parametrize("steady", [True, False])
@@ -312,7 +314,7 @@ def test_each_cue_steers_the_pace():
     update = jax.jit(lambda theta, state, grads, loss, valid: learned.optimizer(theta).update(
         grads, state, params, loss=loss, valid_loss=valid))
     grads = [tree(1), tree(2), tree(3) | {"matrix": tree(3)["matrix"].at[0].set(0)}]
-    losses, valid_losses = [1.0, 0.9, 1.2], [1.1, 1.0, 1.3]
+    losses, valid_losses = [1.0, 0.9, 1.2], [1.1, np.nan, 1.3]  # no validation loss in the second step
     state = learned.optimizer(theta).init(params)
     for g, loss, valid in zip(grads[:2], losses, valid_losses):
         _, state = update(theta, state, g, loss, valid)
@@ -321,18 +323,18 @@ def test_each_cue_steers_the_pace():
     one_each = 0.01 * jnp.eye(len(theta["steer"]))[:, :, None] * (jnp.arange(1 + model.ODD) == 0)[None, None]  # only the pace is steered
     steered, _ = jax.vmap(last)(one_each)
     cue = 100 * np.log(steered["matrix"] / plain["matrix"][None])  # [cues, 5, 7]
-    m, v, mean, variance, valid_mean = np.zeros((5, 35)), np.zeros(35), 0.0, 0.0, 0.0
+    m, v, mean, variance = np.zeros((5, 35)), np.zeros(35), 0.0, 0.0
     decays = np.array([[0.5], [0.9], [0.99], [0.999], [0.9999]])
-    for g, loss, valid in zip(grads, losses, valid_losses):
+    for g, loss in zip(grads, losses):
         g = np.ravel(g["matrix"])
         m, v = decays * m + (1 - decays) * g, 0.999 * v + 0.001 * g * g
         mean = 0.9 * mean + 0.1 * loss
-        variance, valid_mean = 0.9 * variance + 0.1 * (mean - loss) ** 2, 0.95 * valid_mean + 0.05 * valid
-    seen, seen_valid = 1 - 0.9 ** 3, 1 - 0.95 ** 3
+        variance = 0.9 * variance + 0.1 * (mean - loss) ** 2
+    seen, valid_mean = 1 - 0.9 ** 3, (0.8 * 0.2 * 1.1 + 0.2 * 1.3) / (1 - 0.8 ** 2)
     score = lambda x: np.clip((x - mean / seen) / np.sqrt(variance / seen), -5, 5)
     agreement = ((m / (1 - decays ** 3)) ** 2 / (v / (1 - 0.999 ** 3))).mean(1)
     noise = ((1 - decays) ** 2 * decays ** np.array([[0, 2, 4]])).sum(1) / (1 - decays[:, 0] ** 3) ** 2
-    wanted = [*after.h[2], *np.tanh(3 / np.array([10, 30, 100, 300, 1000, 3000]) - 1), score(1.2), score(valid_mean / seen_valid),
+    wanted = [*after.h[2], *np.tanh(3 / np.array([10, 30, 100, 300, 1000, 3000]) - 1), score(1.2), score(valid_mean),
               *(10 * np.log10(agreement / noise + 0.1)), 5 * 7 / 35]  # leaves in order: empty, kernel, matrix
     np.testing.assert_allclose(cue, np.tile(np.array(wanted)[:, None, None], (1, 5, 7)), rtol=2e-3, atol=2e-3)
 

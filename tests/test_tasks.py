@@ -51,6 +51,19 @@ def test_adam_trains_the_padded_and_the_unpadded_net_identically():
         np.testing.assert_allclose(real(task, inner.params)[k], p, atol=2e-5)
 
 
+def test_a_validation_loss_comes_at_every_tenth_step():
+    told = model.Optimizer(lambda params: jnp.zeros(2), lambda grads, state, params, loss, valid_loss: (grads, jnp.stack([loss, valid_loss])))
+    task = small_task()
+    inner = tasks.init_inner(FAMILY, told, task, jax.random.key(0))
+    params = inner.params
+    step = jax.jit(lambda inner, key: tasks.inner_step(FAMILY, told, task, inner, key))
+    losses = [FAMILY.loss(task, params, FAMILY.batch(task, key, split))
+              for key, split in zip(jax.random.split(jax.random.key(7)), ("train", "inner_valid"))]
+    for t in range(21):
+        inner = step(inner._replace(params=params), jax.random.key(7))
+        np.testing.assert_allclose(inner.opt_state, losses if t in (0, 10, 20) else [losses[0], np.nan], rtol=1e-5)
+
+
 def test_what_dead_units_cost_a_learned_optimizer():
     """Padding dilutes per-tensor statistics, so a learned optimizer's steps differ a little: bounded here, not hidden."""
     learned = model.hierarchical()
@@ -63,15 +76,16 @@ def test_what_dead_units_cost_a_learned_optimizer():
     padded_step = jax.jit(lambda inner, key: tasks.inner_step(FAMILY, optimizer, task, inner, key))
 
     @jax.jit
-    def plain_step(params, state, padded, key):
+    def plain_step(params, state, padded, step, key):
         batch_key, valid_key = jax.random.split(key)
         loss, grads = jax.value_and_grad(plain_loss, argnums=1)(task, params, FAMILY.batch(task, batch_key, "train"))
         valid = FAMILY.loss(task, padded, FAMILY.batch(task, valid_key, "inner_valid"))
+        valid = jnp.where(step % 10 == 0, valid, jnp.nan)
         updates, state = optimizer.update(grads, state, params, loss=loss, valid_loss=valid)
         return jax.tree.map(jnp.add, params, updates), state
 
     for t in range(20):
-        params, state = plain_step(params, state, inner.params, jax.random.key(t))
+        params, state = plain_step(params, state, inner.params, inner.step, jax.random.key(t))
         inner = padded_step(inner, jax.random.key(t))
     distance = lambda a, b: float(jnp.sqrt(sum(jnp.sum((a[k] - b[k]) ** 2) for k in a)))
     shift = distance(real(task, inner.params), params) / distance(params, start)
