@@ -138,7 +138,8 @@ def inner_problem(family, learned, target, horizon, adjoint=jnp.inf, pool=None):
         step_key, batch_key = jax.random.split(key)
         inner = inner._replace(params=estimators.bounded_adjoint(inner.params, adjoint))
         inner = tasks.inner_step(family, learned.optimizer(theta), task, inner, step_key)
-        loss = family.loss(task, inner.params, family.batch(task, batch_key, split))
+        params = estimators.bounded_adjoint(inner.params, jnp.inf)  # a loss that is not finite sends nothing back
+        loss = family.loss(task, params, family.batch(task, batch_key, split))
         return (task, inner, start, baseline), outer_loss(loss, start, inner.step / horizon, baseline)
 
     return estimators.InnerProblem(reset, step)

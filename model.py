@@ -368,8 +368,9 @@ def correction(average, decay):
 
 
 def surprise(train, loss):
-    """How many running standard deviations a loss lies above the running training loss, within +-5; 0 at first."""
+    """How many running standard deviations a loss lies above the running training loss, within +-5; 0 at first, or if not finite."""
     c = correction(train, TRAIN_DECAY)
+    loss = jnp.where(jnp.isfinite(loss), loss, c * train.mean)
     score = (loss - c * train.mean) * jax.lax.rsqrt(c * train.variance + 1e-8)
     return jnp.where(train.count > 0, jnp.clip(score, -5, 5), 0.0)
 

@@ -206,7 +206,7 @@ def test_loss_features():
         average = model.observe(average, jnp.float32(0.9 ** t), model.TRAIN_DECAY)
         features.append(float(model.surprise(average, jnp.float32(0.9 ** t))))
     np.testing.assert_allclose(features, [0, -0.06, -0.12, -0.18], atol=0.01)
-    assert model.surprise(average, jnp.float32(1e9)) == 5
+    assert model.surprise(average, jnp.float32(1e9)) == 5 and model.surprise(average, jnp.float32(jnp.nan)) == 0
     for ignored in (None, jnp.float32(jnp.nan), jnp.float32(jnp.inf)):
         assert jax.tree.all(jax.tree.map(jnp.array_equal, model.observe(average, ignored, 0.9), average))
         slope = jax.grad(lambda mean: sum(model.observe(average._replace(mean=mean), ignored, 0.9)[:2]))(average.mean)
@@ -360,7 +360,7 @@ def test_odd_tensors_frozen_tensors_and_non_finite_gradients(make):
     state, update = optimizer.init(tree(0)), jax.jit(optimizer.update)
     frozen = tree(1) | {"matrix": jnp.zeros((5, 7))}
     for grads in (frozen, frozen, tree(2)):
-        updates, state = update(grads, state, tree(0))
+        updates, state = update(grads, state, tree(0), loss=1.0)
         assert all(np.isfinite(x).all() and x.shape == SHAPES[k] and x.dtype == jnp.float32 for k, x in updates.items())
     if make is model.hierarchical:
         bad = tree(3) | {"vector": jnp.float32([np.nan, np.inf, -np.inf, 1, 2, 3])}
