@@ -174,6 +174,27 @@ def test_the_outer_loss_is_the_root_of_the_relative_validation_loss_and_grows_wi
     np.testing.assert_allclose(loss, 10 * 0.75 ** 4 * (np.sqrt(value / begin) - 0.6) / 0.4, rtol=1e-5)
 
 
+def test_one_outer_loss_that_is_not_finite_leaves_the_gradient_of_the_others():
+    """Capped, it carries none: the gradient is that of the first two of three steps, over three."""
+    learned = model.per_parameter_mlp(hidden=4)
+    theta, key = learned.init(jax.random.key(0)), jax.random.key(1)
+    broken = bowl(3)._replace(loss=lambda task, x, batch: jnp.sum(task * x["x"] ** 2) * batch, batch=lambda task, key, split: 1.0)
+
+    def value(theta, bad, steps):
+        problem = meta_train.inner_problem(broken, learned, "valid", 3)
+        state, total = problem.reset(theta, key), 0.0
+        for t in range(steps):
+            factor = jnp.where(t == bad, jnp.nan, 1.0)
+            last = broken._replace(batch=lambda task, key, split: factor if split == "outer_valid" else 1.0)
+            state, loss = meta_train.inner_problem(last, learned, "valid", 3).step(theta, state, key)
+            total += jnp.where(jnp.isfinite(loss), loss, 10.0)
+        return total
+
+    found, wanted = (jax.grad(value)(theta, *which) for which in ((2, 3), (-1, 2)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), found, wanted)
+    assert any(np.abs(x).max() > 1e-4 for x in wanted.values())
+
+
 def test_a_pool_holds_what_adam_reaches_at_its_best_rate_on_each_of_its_tasks():
     """Each task's share of the way, by a plain loop; and what an episode draws is one of the pool's tasks."""
     family, settings = bowl(3), meta_train.Settings(num_tasks=5, horizon=40)
