@@ -690,10 +690,3 @@ def check_dataset(arrays, net):
 
 
 FAMILIES = {"mlp": mlp, "conv": conv, "autoencoder": autoencoder, "rnn": rnn, "function": function}
-
-
-if __name__ == "__main__":  # the gallery: a table of the families, and one picture
-    import evaluate
-    import experiments
-    evaluate.configure_jax()
-    experiments.main(["gallery"])
