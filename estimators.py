@@ -91,8 +91,7 @@ def es(problem, *, num_pairs, truncation, horizon, sigma, cap=10.0):
     def pair(unroll, theta, particle, key):
         eps_key, key = jax.random.split(key)
         eps = sigma * jax.random.normal(eps_key, theta.shape)
-        loss, (states, capped) = jax.vmap(unroll, (0, None, None, None))(
-            at_signs(theta, eps), particle.state, particle.t, key)
+        loss, (states, capped) = over_rows(lambda theta: unroll(theta, particle.state, particle.t, key), at_signs(theta, eps))
         slope = (loss[0] - loss[1]) / (2 * sigma ** 2)
         particle = Particle(first(states), (), advance(particle.t, truncation, horizon))
         return slope * eps, particle, {"loss": loss, "capped": capped, "dropped": jnp.int32(0)}
@@ -106,8 +105,7 @@ def pes(problem, *, num_pairs, truncation, horizon, sigma, cap=10.0):
     def pair(unroll, theta, particle, key):
         eps_key, key = jax.random.split(key)
         eps = sigma * jax.random.normal(eps_key, theta.shape)
-        loss, (states, capped) = jax.vmap(unroll, (0, 0, None, None))(
-            at_signs(theta, eps), particle.state, particle.t, key)
+        loss, (states, capped) = over_rows(lambda row: unroll(*row, particle.t, key), (at_signs(theta, eps), particle.state))
         xi = jnp.where(particle.t >= horizon, 0, particle.xi) + eps
         slope = (loss[0] - loss[1]) / (2 * sigma ** 2)
         particle = Particle(states, xi, advance(particle.t, truncation, horizon))
@@ -136,7 +134,7 @@ def combined(problem, *, num_pairs, truncation, horizon, sigma, cap=10.0, clip=j
         eps = sigma * jax.random.normal(eps_key, theta.shape)
 
         def mean_loss(thetas):
-            losses, rest = jax.vmap(unroll, (0, 0, None, None))(thetas, particle.state, particle.t, key)
+            losses, rest = over_rows(lambda row: unroll(*row, particle.t, key), (thetas, particle.state))
             return jnp.mean(losses), (losses, rest)
 
         gradients, (loss, (states, capped)) = jax.grad(mean_loss, has_aux=True)(at_signs(theta, eps))
@@ -254,15 +252,16 @@ def sharding(n, alone=False):
     return jax.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
 
 
-def over_devices(f, n, alone=False):
-    """-> a function of (shared, n rows) that gives f(shared, row) of each row, stacked; the devices of `sharding` share them out.
+def over_rows(f, rows):
+    """f(row) of each row, stacked. A CPU takes them one after another: what a row needs then stays in its cache, its branches stay
+    branches, and XLA's code for CPUs is slower with a batch dimension than without. Other devices take all at once."""
+    return jax.lax.map(f, rows) if jax.default_backend() == "cpu" else jax.vmap(f)(rows)
 
-    A CPU takes its rows one after another: what a row needs then stays in its cache, and XLA's code for CPUs is slower
-    with a batch dimension than without. Other devices take all of theirs at once.
-    """
+
+def over_devices(f, n, alone=False):
+    """-> a function of (shared, n rows) that gives f(shared, row) of each row, stacked; the devices of `sharding` share them out."""
     def each(shared, rows):
-        one = functools.partial(f, shared)
-        return jax.lax.map(one, rows) if jax.default_backend() == "cpu" else jax.vmap(one)(rows)
+        return over_rows(functools.partial(f, shared), rows)
 
     rows, everywhere = sharding(n, alone), jax.sharding.PartitionSpec()
     return jax.shard_map(each, mesh=rows.mesh, in_specs=(everywhere, rows.spec), out_specs=rows.spec, check_vma=False)

@@ -342,6 +342,7 @@ def component_lstm(hidden=20):
 
 # ---------------------------------------------------------------- P2: an LSTM per tensor steers an MLP per parameter
 
+BRAKE = 8.0  # after each return to the best parameters, steps are exp(-BRAKE) times as long
 TRAIN_DECAY, VALID_DECAY = 0.9, 0.8  # P2 has 0.95 for the second, in episodes of 10,000 steps
 
 
@@ -375,6 +376,38 @@ def surprise(train, loss):
     return jnp.where(train.count > 0, jnp.clip(score, -5, 5), 0.0)
 
 
+class Record(NamedTuple):
+    """What the validation loss was so far, and the parameters at its best."""
+    count: jax.Array    # of losses
+    latest: jax.Array   # [2], the losses before the next
+    noise: jax.Array    # variance of a loss
+    mean: jax.Array     # running mean of the losses, the newest counting half
+    first: jax.Array    # the first loss
+    best: jax.Array     # the lowest mean
+    params: jax.Array   # [parameters], where it was met
+    returns: jax.Array  # how often those were gone back to
+
+
+def remember(record, loss, w):
+    """-> (the record with one more validation loss, met at parameters w [n]; whether it is time to go back to the best).
+
+    That is when the mean lies above the best by a fifth of what was gained and, on top, two standard deviations of a single loss.
+    Those come from second differences of the losses, which a steady rise or fall does not change.
+    """
+    def seen():
+        k = record.count
+        mean = jnp.where(k > 0, 0.5 * (record.mean + loss), loss)
+        bend = (loss - 2 * record.latest[1] + record.latest[0]) ** 2 / 6
+        noise = jnp.where(k > 1, record.noise + (bend - record.noise) / jnp.clip(k - 1, 1, 10), 0.0)
+        first, lowest = jnp.where(k > 0, record.first, loss), (k == 0) | (mean <= record.best)
+        best, params = jnp.where(lowest, mean, record.best), jnp.where(lowest, w, record.params)
+        back = (k > 2) & (mean - best > 2 * jnp.sqrt(noise) + 0.2 * (first - best))
+        mean, latest = jnp.where(back, best, mean), jnp.where(back, best, jnp.stack([record.latest[1], loss]))
+        return Record(k + 1, latest, noise, mean, first, best, params, record.returns + back), back
+
+    return jax.lax.cond(jnp.isfinite(loss), seen, lambda: (record, False))
+
+
 def log_size(x):
     return jnp.clip(jnp.log(1e-8 + jnp.abs(x)), -5, 5)
 
@@ -387,6 +420,7 @@ class HierarchicalState(NamedTuple):
     context: jax.Array    # [18], all LSTMs to each
     train: LossAverage
     valid: LossAverage
+    record: Record
     size: jax.Array       # running root mean square of the gradients
 
 
@@ -403,7 +437,8 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
     message. Gradients are clipped at a learned multiple of their running size; all initial states are learned. After
     `horizon` steps, the number it is meta-trained for, the LSTM rests and the steps shrink, see `paces`.
     Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads how well the gradients agree and how
-    many have vanished, and where the output is anchored, these, the time, the losses and the LSTM steer the step directly.
+    many have vanished, and where the output is anchored, these, the time, the losses and the LSTM steer the step directly, and a
+    validation loss that has clearly risen ends the training: back to the parameters where it was best, see `remember`.
     """
     timescales = np.float32([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])
     own = ODD + 1 + 2 * len(DECAYS)  # features of a parameter; what all parameters of a tensor share enters as a bias
@@ -431,9 +466,10 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
 
         def opt_init(params):
             each = lambda name: jnp.tile(theta[f"initial/{name}"], (len(sizes(params)), 1))
-            none = LossAverage(jnp.float32(0), jnp.float32(0), jnp.int32(0))
+            none, zero = LossAverage(jnp.float32(0), jnp.float32(0), jnp.int32(0)), jnp.float32(0)
+            record = Record(jnp.int32(0), jnp.zeros(2), zero, zero, zero, zero, ravel_pytree(params)[0], jnp.int32(0)) if anchored else ()
             return HierarchicalState(memory_init(params), each("h"), each("c"), each("feedback"),
-                                     theta["initial/context"], none, none, jnp.exp(theta["clip/log_rate"]))
+                                     theta["initial/context"], none, none, record, jnp.exp(theta["clip/log_rate"]))
 
         def clipped(g, state, count):
             """Gradient [parameters], elementwise within a multiple of its running size; and that size, updated."""
@@ -491,15 +527,18 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
             condition = joined(dense(theta, "condition", h), jnp.stack(logs, 1), each(time))  # [tensors, shared]
             bias = condition @ theta["mlp0/w"][own:] + theta["mlp0/b"][None]
             pace = steer = [None] * len(count)
+            record, back = state.record, False
+            if anchored and valid_loss is not None:
+                record, back = remember(record, valid_loss, w)
             if anchored:  # P1's times from 10 to 3000 steps; the others hardly change in an episode
                 steer = joined(h, each(tanh_times(clock)[1:7]), each(surprises), signal, rest) @ theta["steer"]
-                pace = paces(theta, jnp.maximum(t / horizon, 1), params)
+                pace = paces(theta, jnp.maximum(t / horizon, 1), params) * jnp.exp(-BRAKE * record.returns)
             features = jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8), v, jax.lax.rsqrt(v + 1e-6)])
             parts = (by_tensor(x, count) for x in (features, v[B2] > 0, adams[B1]))
             updates, reports = zip(*map(tensor, *parts, bias, pace, steer))
-            return unravel(jnp.concatenate(updates)), HierarchicalState(
+            return unravel(jnp.concatenate(updates) + (jnp.where(back, record.params - w, 0) if anchored else 0)), HierarchicalState(
                 Memory(m, v, t), h, c, dense(theta, "feedback", jnp.stack(reports)),
-                jnp.mean(dense(theta, "context", h), 0), train, valid, size)
+                jnp.mean(dense(theta, "context", h), 0), train, valid, record, size)
 
         return Optimizer(opt_init, update)
 

@@ -280,9 +280,63 @@ def hierarchical_theta(make=model.hierarchical, seed=1):
     """Meta-parameters whose output layer is not silent."""
     learned = make()
     theta = learned.init(jax.random.key(seed))
-    names = ("step/w", "direct/d", "direct/a")
+    names = [name for name in ("step/w", "direct/d", "direct/a") if name in theta]
     return learned, theta | {name: 0.1 * jax.random.normal(key, theta[name].shape)
                              for name, key in zip(names, jax.random.split(jax.random.key(2), len(names)))}
+
+
+def returns_of(losses):
+    """A plain version of `model.remember` -> at each loss, whether it is time to go back; and the index of the best in the end."""
+    seen, since, mean, best, at, noise, bends, answers = 0, [], None, None, None, 0.0, 0, []
+    for i, loss in enumerate(losses):
+        mean = loss if mean is None else (mean + loss) / 2
+        if best is None or mean <= best:
+            best, at = mean, i
+        since.append(loss)
+        if len(since) > 2:
+            bends += 1
+            noise += ((since[-1] - 2 * since[-2] + since[-3]) ** 2 / 6 - noise) / min(bends, 10)
+        answers.append(seen > 2 and mean - best > 2 * noise ** 0.5 + 0.2 * (losses[0] - best))
+        if answers[-1]:
+            mean, since = best, [best, best]
+        seen += 1
+    return answers, at
+
+
+@pytest.mark.parametrize("kind", ["overfits", "noise", "still falling", "overfits twice"])
+def test_when_it_is_time_to_go_back(kind):
+    rng = np.random.default_rng(0)
+    t = np.arange(40)
+    losses = {"overfits": 2.3 - t * (t < 8) / 8 + 0.1 * (t - 8) * (t >= 8) + 0.05 * rng.standard_normal(40),
+              "noise": 1 + np.exp(-t / 5) + 0.1 * rng.standard_normal(40),
+              "still falling": 2 * 0.9 ** t, "overfits twice": 2 - np.abs(t % 20 - 10) / -10.0}[kind]
+    record = model.hierarchical().optimizer(model.hierarchical().init(jax.random.key(0))).init({"w": jnp.zeros(1)}).record
+    step, answers = jax.jit(model.remember), []
+    for i, loss in enumerate(losses):
+        missing, back = step(record, jnp.float32(np.nan), jnp.full(1, -1.0))
+        assert not back and jax.tree.all(jax.tree.map(jnp.array_equal, missing, record))
+        record, back = step(record, jnp.float32(loss), jnp.full(1, float(i)))
+        answers.append(bool(back))
+    wanted, at = returns_of(losses.tolist())
+    assert answers == wanted and record.params[0] == at and record.returns == sum(wanted)
+    assert any(wanted) == kind.startswith("overfits")
+
+
+def test_a_validation_loss_that_has_risen_ends_the_training():
+    """Back to the parameters of the lowest validation loss, and from there on hardly anything moves; the papers' form knows no such end."""
+    for anchored in (True, False):
+        learned, theta = hierarchical_theta(lambda: model.hierarchical(anchored=anchored))
+        params, path, update = tree(0), [], jax.jit(learned.optimizer(theta).update)
+        state = learned.optimizer(theta).init(params)
+        for t, valid_loss in enumerate([2.0, 1.5, 1.0, 0.5, 1.0, 2.0, 3.0, 3.0]):
+            path.append(params["matrix"])
+            updates, state = update(tree(t + 1), state, params, loss=1.0, valid_loss=valid_loss)
+            params = jax.tree.map(jnp.add, params, updates)
+        distance = [float(jnp.max(jnp.abs(params["matrix"] - p))) for p in path]
+        if anchored:
+            assert state.record.returns > 0 and np.argmin(distance) == 3 and distance[3] < 1e-3 * distance[0]
+        else:
+            assert state.record == () and np.argmin(distance) == len(path) - 1
 
 
 def test_hierarchical_reads_both_losses_and_each_message_matters():
