@@ -147,7 +147,7 @@ def normalised(x, seen):
     given, an approximation that makes it faster by a tenth.
     """
     seen = seen.astype(x.dtype)
-    power = jax.lax.stop_gradient(x * x) @ seen / (jnp.sum(seen) + 1e-8)  # [F]
+    power = jax.lax.stop_gradient(x * x) @ seen / (jnp.vecdot(seen, seen) + 1e-8)  # [F]; a sum takes more of XLA's programs
     return jnp.clip(x * jax.lax.rsqrt(1e-5 + power)[:, None], -5, 5)
 
 
@@ -217,11 +217,13 @@ def step(theta, h, features, adam_direction, pace, steer=None):
     d, a = theta["step/w"].T @ h
     if "log_lr" not in theta:
         return -0.001 * (d + theta["step/b"][0]) * jnp.exp(0.001 * (a + theta["step/b"][1]))
-    direct, a = theta["direct/d"], a + theta["direct/a"] @ features
+    direct, bias = theta["direct/d"], 0.0
     if steer is not None:
-        direct, a = direct + jnp.tanh(steer[1:]), a + steer[0]
-    push = adam_direction + d - mean(d) + direct @ features[:ODD]
-    return -pace * jnp.exp(theta["log_lr"] + jnp.minimum(a, 1.0)) * push
+        direct, bias = direct + jnp.tanh(steer[1:]), steer[0]
+    weights = jnp.stack([jnp.pad(direct, (0, len(features) - ODD)), theta["direct/a"]])  # one product is faster than two
+    bend, scale = weights @ features
+    push = adam_direction + d - theta["step/w"][:, 0] @ mean(h) + bend
+    return -pace * jnp.exp(theta["log_lr"] + jnp.minimum(a + scale + bias, 1.0)) * push
 
 
 def directions(m, v, t):
@@ -233,20 +235,26 @@ def directions(m, v, t):
     return m_hat / (jnp.sqrt(v_hat + 1e-30) + 1e-8)
 
 
-def signal_to_noise(directions, v, t, sizes):
-    """How well the gradients of a tensor agree over the span of each average: [5, n] -> [tensors, 5], in decibels above
-    gradients of pure noise. Parameters that never had a gradient (padding, dead units) do not count."""
-    power, seen = jnp.split(per_tensor(jnp.concatenate([directions ** 2, v[B2:B2 + 1] > 0]), sizes), [len(DECAYS)], axis=1)
+def tensor_means(g, w, m, v, directions, sizes):
+    """What a tensor's parameters tell together, in one product: g, w [n], m, v, directions [5, n] -> [tensors, 3] means of m, v, w;
+    [tensors, 4] means of the squares of m, v, w, g; [tensors, 5] of the directions; and the share of parameters at rest, [tensors].
+
+    A parameter at rest had a gradient once and has none in this step: dying units show. Those that never had one (padding, dead
+    units) count neither there nor in the directions' means.
+    """
+    seen = v[B2] > 0
+    rows = [jnp.mean(m, 0), jnp.mean(v, 0), w, jnp.mean(m * m, 0), jnp.mean(v * v, 0), w * w, g * g, *directions ** 2, seen, seen & (g == 0)]
+    means, squares, powers, counts = jnp.split(per_tensor(jnp.stack(rows), sizes), [3, 7, 7 + len(DECAYS)], axis=1)
+    seen, rest = counts.T
+    return means, squares, powers / (seen[:, None] + 1e-8), rest / (seen + 1e-8)
+
+
+def signal_to_noise(powers, t):
+    """How well the gradients of a tensor agree over the span of each average: mean squares of the five directions [tensors, 5] -> the
+    same shape, in decibels above gradients of pure noise."""
     decays = DECAYS[:, 0]
     noise = (1 - decays) / (1 + decays) * (1 + decays ** t) / (1 - decays ** t)  # of an average of white noise of power 1
-    return 10 * jnp.log10(power / (seen + 1e-8) / noise[None] + 0.1)
-
-
-def resting(g, v, sizes):
-    """The share of a tensor's parameters that had a gradient once and have none in this step -> [tensors]. Dying units show."""
-    seen = v[B2] > 0
-    seen, still = per_tensor(jnp.stack([seen, seen & (g == 0)]).astype(g.dtype), sizes).T
-    return still / (seen + 1e-8)
+    return 10 * jnp.log10(powers / noise[None] + 0.1)
 
 
 # ---------------------------------------------------------------- P1: one small MLP, run on each parameter
@@ -485,18 +493,14 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
             return jnp.stack([0.0 if loss is None else surprise(train, loss),
                               jnp.where(valid.count > 0, surprise(train, valid_mean), 0.0)])
 
-        def statistics(g, w, m, v, params):
-            """What the LSTM knows of each tensor: raveled inputs -> [tensors, 16]; and the mean of w^2, [tensors]."""
-            count = np.array(sizes(params))
-            means, squares = jnp.split(per_tensor(jnp.stack([
-                jnp.mean(m, 0), jnp.mean(v, 0), w, jnp.mean(m * m, 0), jnp.mean(v * v, 0), w * w, g * g,
-            ]), count), [3], axis=1)  # [tensors, 3], [tensors, 4]
-            norms = jnp.sqrt(count[:, None] * squares[:, 2:] + 1e-16)  # of w and g
+        def statistics(means, squares, params):
+            """What P2's LSTM knows of each tensor: the first two of `tensor_means` -> [tensors, 16]."""
+            norms = jnp.sqrt(np.array(sizes(params))[:, None] * squares[:, 2:] + 1e-16)  # of w and g
             logs = log_size(jnp.concatenate([means, squares[:, :3] - means ** 2, norms], 1))  # [tensors, 8]
             shapes = [(*x.shape, 1, 1, 1, 1)[:4] for x in jax.tree.leaves(params)]
             scalar = [1.0 if x.ndim == 0 else -1.0 for x in jax.tree.leaves(params)]
             known = np.concatenate([np.array(scalar)[:, None], np.log(np.maximum(shapes, 1)) - 1], 1)
-            return jnp.concatenate([logs, jnp.sign(means), known], 1), squares[:, 2]
+            return jnp.concatenate([logs, jnp.sign(means), known], 1)
 
         def tensor(features, seen, adam_direction, bias, pace, steer):
             """One tensor's parameters: features [23, n], bias [hidden] -> change [n], mean of the last hidden layer."""
@@ -512,16 +516,16 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
             m, v, t = averages(state.memory.m, g), averages(state.memory.v, g * g), state.memory.t + 1
             train, valid = observe(state.train, loss, TRAIN_DECAY), observe(state.valid, valid_loss, VALID_DECAY)
 
-            known, w_square = statistics(g, w, m, v, params)
             adams = directions(m, v, t)
-            signal, rest = signal_to_noise(adams, v, t, count), 5 * resting(g, v, count)[:, None]
+            means, squares, powers, rest = tensor_means(g, w, m, v, adams, count)
+            signal, rest = signal_to_noise(powers, t), 5 * rest[:, None]
             surprises = loss_features(train, valid, loss)
-            x = joined(known, signal / 10, rest, each(surprises), each(state.context), state.feedback, state.h)
+            x = joined(statistics(means, squares, params), signal / 10, rest, each(surprises), each(state.context), state.feedback, state.h)
             h, c = lstm_cell(jnp.split(dense(theta, "lstm", x), 4, axis=1), state.c)
             h, c = jnp.where(t > horizon, state.h, h), jnp.where(t > horizon, state.c, c)
             clock = jnp.minimum(t, horizon)
 
-            logs = [jnp.full(len(count), np.log(len(count)) - 1), 0.5 * jnp.log(count * w_square + 1e-8),
+            logs = [jnp.full(len(count), np.log(len(count)) - 1), 0.5 * jnp.log(count * squares[:, 2] + 1e-8),
                     np.log(np.maximum(count, 1))]
             time = jnp.sin(clock / (np.pi * timescales))
             condition = joined(dense(theta, "condition", h), jnp.stack(logs, 1), each(time))  # [tensors, shared]

@@ -223,7 +223,9 @@ def test_signal_to_noise(steady):
     decays = np.array([[0.5], [0.9], [0.99], [0.999], [0.9999]])
     weights = (1 - decays) * decays ** np.arange(steps)[::-1]  # [5, steps], of the gradients in an average
     m, v = (jnp.float32(weights @ x) for x in (gradients, gradients ** 2))
-    found = model.signal_to_noise(model.directions(m, v, jnp.int32(steps)), v, jnp.int32(steps), [2 * n])[0]
+    zeros = jnp.zeros(2 * n)
+    powers = model.tensor_means(zeros, zeros, m, v, model.directions(m, v, jnp.int32(steps)), [2 * n])[2]
+    found = model.signal_to_noise(powers, jnp.int32(steps))[0]
     share = weights / weights.sum(1, keepdims=True)
     ratio = 1 / (share ** 2).sum(1) if steady else np.ones(5)
     np.testing.assert_allclose(found, 10 * np.log10(ratio + 0.1), atol=2e-3 if steady else 0.3)
@@ -236,9 +238,11 @@ def test_features_are_normalised_over_what_ever_had_a_gradient():
     np.testing.assert_allclose(found[1], [np.sqrt(3), 0, 0, 0], rtol=1e-4)
 
 
-def test_resting_counts_what_has_lost_its_gradient():
+def test_at_rest_is_what_has_lost_its_gradient():
     g, v = jnp.float32([0, 0, 1, 2, 0, 0]), jnp.zeros((5, 6)).at[:, :4].set([[0, 1, 1, 1]])  # the last three: never any
-    np.testing.assert_allclose(model.resting(g, v, [4, 2, 0]), [1 / 3, 0, 0], rtol=1e-6)
+    found = model.tensor_means(g, g, v, v, v, [4, 2, 0])
+    np.testing.assert_allclose(found[3], [1 / 3, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(found[1][:, 3], [5 / 4, 0, 0], rtol=1e-6)
 
 
 def test_a_steered_step_against_a_loop():
