@@ -182,6 +182,19 @@ bounded_adjoint.defvjp(lambda x, bound: (x, None),
                        lambda bound, _, gradient: (clip_norm(gradient, bound)[0],))
 
 
+@jax.custom_vjp
+def finite_adjoint(x):
+    """x itself; but what backprop sends back through it, at any order of differentiation, is 0 where it is not finite.
+
+    Put on the parameters that a loss reads, it keeps a loss that is not finite from cutting the way from later steps to earlier ones.
+    """
+    return x
+
+
+finite_adjoint.defvjp(lambda x: (finite_adjoint(x), None),
+                      lambda _, gradient: (jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0.0), gradient),))
+
+
 # ---------------------------------------------------------------- what the estimators share
 
 def make_unroll(problem, truncation, horizon, cap):

@@ -119,7 +119,8 @@ def inner_problem(family, learned, target, horizon, adjoint=jnp.inf, pool=None):
     The loss after an inner step is `outer_loss` of one outer_valid (or train) batch. Each episode has a new task or, with a
     Pool, one of that.
     """
-    split = SPLITS[target]
+    split, plain_loss = SPLITS[target], family.loss
+    family = family._replace(loss=lambda task, params, batch: plain_loss(task, estimators.finite_adjoint(params), batch))
 
     def draw(key):
         if pool is None:
@@ -138,8 +139,7 @@ def inner_problem(family, learned, target, horizon, adjoint=jnp.inf, pool=None):
         step_key, batch_key = jax.random.split(key)
         inner = inner._replace(params=estimators.bounded_adjoint(inner.params, adjoint))
         inner = tasks.inner_step(family, learned.optimizer(theta), task, inner, step_key)
-        params = estimators.bounded_adjoint(inner.params, jnp.inf)  # a loss that is not finite sends nothing back
-        loss = family.loss(task, params, family.batch(task, batch_key, split))
+        loss = family.loss(task, inner.params, family.batch(task, batch_key, split))
         return (task, inner, start, baseline), outer_loss(loss, start, inner.step / horizon, baseline)
 
     return estimators.InnerProblem(reset, step)

@@ -196,6 +196,31 @@ def test_one_outer_loss_that_is_not_finite_leaves_the_gradient_of_the_others():
     assert any(np.abs(x).max() > 1e-4 for x in wanted.values())
 
 
+def test_a_training_batch_that_is_not_finite_does_not_cut_the_way_back():
+    """The later losses know of the steps before it as they do if that step is left out: here SGD with a learned rate, the second of
+    three batches broken."""
+    learned = model.LearnedOptimizer(None, lambda theta: model.Optimizer(lambda params: (), lambda grads, state, params, **losses: (
+        jax.tree.map(lambda g: -theta["rate"] * jnp.nan_to_num(g), grads), state)))
+    family = bowl(3)._replace(batch=lambda task, key, split: 1.0, loss=lambda task, x, factor: jnp.sum(task * x["x"] ** 2) * factor)
+    theta, key = {"rate": jnp.float32(0.1)}, jax.random.key(1)
+
+    def value(theta, factors):
+        state = meta_train.inner_problem(family, learned, "valid", 3).reset(theta, key)
+        for factor in factors:
+            broken = family._replace(batch=lambda task, key, split: factor if split == "train" else 1.0)
+            state, loss = meta_train.inner_problem(broken, learned, "valid", 3, adjoint=1e9).step(theta, state, key)
+        return loss
+
+    def closed_form(rate):
+        task, inner, start, _ = meta_train.inner_problem(family, learned, "valid", 3).reset(theta, key)
+        x = inner.params["x"] * (1 - 2 * rate * task) ** 2
+        return 10 * jnp.sqrt(jnp.sum(task * x ** 2) / start + 1e-6)
+
+    found, wanted = jax.grad(value)(theta, [1.0, jnp.nan, 1.0])["rate"], jax.grad(closed_form)(0.1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+    assert abs(wanted) > 0.1
+
+
 def test_a_pool_holds_what_adam_reaches_at_its_best_rate_on_each_of_its_tasks():
     """Each task's share of the way, by a plain loop; and what an episode draws is one of the pool's tasks."""
     family, settings = bowl(3), meta_train.Settings(num_tasks=5, horizon=40)
