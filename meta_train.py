@@ -434,7 +434,8 @@ def draw_curves(folder):
         axes[0].plot(column("step"), column("smoothed"), color=f"C{i}", label=family)
         axes[1].semilogy(column("step"), column("gradient"), color=f"C{i}", lw=0.7)
     axes[0].set(xlabel="outer step", ylabel="outer loss")
-    axes[0].legend()
+    if rows:
+        axes[0].legend()
     axes[1].set(xlabel="outer step", ylabel="norm of the meta-gradient")
     partial = os.path.join(folder, "curves.partial.png")
     figure.savefig(partial, dpi=90)

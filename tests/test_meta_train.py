@@ -2,9 +2,11 @@
 import concurrent.futures
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +131,23 @@ def test_a_full_disk_ends_the_run_but_not_the_last_save(whole, tmp_path):
     assert (folder / "checkpoint.npz").read_bytes() == before
 
 
+def test_minutes_that_have_passed_leave_a_save_and_a_clock_that_jumps_changes_nothing(whole, tmp_path):
+    folder = tmp_path / "run"
+    process = start(*TINY, "--outer-steps", 5, "--minutes", 1e-9, "--out", folder, cwd=tmp_path)
+    deadline = time.time() + 120
+    while not (folder / "curves.png").exists():
+        assert time.time() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()  # it would go on to fit and to compare
+    process.communicate()
+    assert steps_logged(folder) == [] and model.about(folder / "theta.npz")["outer_steps_done"] == 0
+    jumps = "import itertools, time; days = itertools.cycle((-1e6, 1e6, 0)); clock = time.time; time.time = lambda: clock() + next(days)"
+    code, out, err = run("--resume", folder, "--minutes", 5, "--fit", 0, cwd=tmp_path, prelude=jumps)
+    assert code == 0 and steps_logged(folder) == [1, 2, 3, 4, 5], err
+    with open(folder / "log.csv") as mine, open(whole[0] / "log.csv") as reference:  # the same numbers but for the seconds
+        assert [row[:-1] for row in csv.reader(mine)] == [row[:-1] for row in itertools.islice(csv.reader(reference), 6)]
+
+
 def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
@@ -137,6 +156,10 @@ def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monk
     (tmp_path / "foreign").mkdir()
     (tmp_path / "damaged" / "checkpoint.npz").write_bytes((whole[0] / "checkpoint.npz").read_bytes()[:5000])
     np.savez(tmp_path / "foreign" / "checkpoint.npz", x=np.ones(3))
+    shutil.copytree(whole[0], tmp_path / "older")  # a checkpoint of another layout: one array less
+    arrays = model.read_npz(tmp_path / "older" / "checkpoint.npz")
+    np.savez(tmp_path / "older" / "checkpoint.npz", **{name: x for name, x in arrays.items() if name != "leaf0007"})
+    log = (tmp_path / "older" / "log.csv").read_bytes()
     before = sorted(os.listdir(tmp_path))
     for arguments in (["--nonsense"], ["--tasks", "mlp,chess"], ["--tasks", "mlp,mlp"], ["--tasks", ""], ["--optimizer", "adam"], ["--output", "relu"], ["--estimator", "rtrl"], ["--target", "test"],
                       ["--outer-steps", "many"], ["--outer-steps", 0], ["--minutes", -1], ["--minutes", "nan"],
@@ -147,13 +170,13 @@ def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monk
                       ["--resume", tmp_path / "nowhere"], ["--resume", tmp_path / "empty"],
                       ["--resume", tmp_path / "damaged"], ["--resume", tmp_path / "foreign"],
                       ["--resume", whole[0], "--seed", 4], ["--resume", whole[0], "--estimator", "es"],
-                      ["--resume", whole[0], "--out", tmp_path / "other"]):
+                      ["--resume", whole[0], "--out", tmp_path / "other"], ["--resume", tmp_path / "older"]):
         monkeypatch.setattr(sys, "argv", ["meta_train.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             meta_train.main()
         sentence = capsys.readouterr().err.strip().splitlines()[-1]
         assert stopped.value.code == 2 and sentence.startswith("meta_train.py: error: "), (arguments, sentence)
-    assert sorted(os.listdir(tmp_path)) == before
+    assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "older" / "log.csv").read_bytes() == log
 
 
 def test_the_outer_loss_is_the_root_of_the_relative_validation_loss_and_grows_with_time():
