@@ -399,8 +399,9 @@ class Record(NamedTuple):
 def remember(record, loss, w):
     """-> (the record with one more validation loss, met at parameters w [n]; whether it is time to go back to the best).
 
-    That is when the mean lies above the best by a fifth of what was gained and, on top, two standard deviations of a single loss.
-    Those come from second differences of the losses, which a steady rise or fall does not change.
+    That is when the mean lies above the best by a fifth of the first loss and, on top, two standard deviations of a single loss.
+    Those come from second differences of the losses, which a steady rise or fall does not change. (A fifth of what was gained was
+    tried: it also ends trainings that only begin with a jump.)
     """
     def seen():
         k = record.count
@@ -409,7 +410,7 @@ def remember(record, loss, w):
         noise = jnp.where(k > 1, record.noise + (bend - record.noise) / jnp.clip(k - 1, 1, 10), 0.0)
         first, lowest = jnp.where(k > 0, record.first, loss), (k == 0) | (mean <= record.best)
         best, params = jnp.where(lowest, mean, record.best), jnp.where(lowest, w, record.params)
-        back = (k > 2) & (mean - best > 2 * jnp.sqrt(noise) + 0.2 * (first - best))
+        back = (k > 2) & (mean - best > 2 * jnp.sqrt(noise) + 0.2 * jnp.abs(first))
         mean, latest = jnp.where(back, best, mean), jnp.where(back, best, jnp.stack([record.latest[1], loss]))
         return Record(k + 1, latest, noise, mean, first, best, params, record.returns + back), back
 

@@ -300,7 +300,7 @@ def returns_of(losses):
         if len(since) > 2:
             bends += 1
             noise += ((since[-1] - 2 * since[-2] + since[-3]) ** 2 / 6 - noise) / min(bends, 10)
-        answers.append(seen > 2 and mean - best > 2 * noise ** 0.5 + 0.2 * (losses[0] - best))
+        answers.append(seen > 2 and mean - best > 2 * noise ** 0.5 + 0.2 * abs(losses[0]))
         if answers[-1]:
             mean, since = best, [best, best]
         seen += 1
@@ -332,7 +332,7 @@ def test_a_validation_loss_that_has_risen_ends_the_training():
         learned, theta = hierarchical_theta(lambda: model.hierarchical(anchored=anchored))
         params, path, update = tree(0), [], jax.jit(learned.optimizer(theta).update)
         state = learned.optimizer(theta).init(params)
-        for t, valid_loss in enumerate([2.0, 1.5, 1.0, 0.5, 1.0, 2.0, 3.0, 3.0]):
+        for t, valid_loss in enumerate([2.0, 1.5, 1.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0]):
             path.append(params["matrix"])
             updates, state = update(tree(t + 1), state, params, loss=1.0, valid_loss=valid_loss)
             params = jax.tree.map(jnp.add, params, updates)
