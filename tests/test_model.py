@@ -312,7 +312,7 @@ def test_when_it_is_time_to_go_back(kind):
     rng = np.random.default_rng(0)
     t = np.arange(40)
     losses = {"overfits": 2.3 - t * (t < 8) / 8 + 0.1 * (t - 8) * (t >= 8) + 0.05 * rng.standard_normal(40),
-              "noise": 1 + np.exp(-t / 5) + 0.1 * rng.standard_normal(40),
+              "noise": 1 + np.exp(-t / 5) + 0.3 * rng.standard_normal(40),
               "still falling": 2 * 0.9 ** t, "overfits twice": 2 - np.abs(t % 20 - 10) / -10.0}[kind]
     record = model.hierarchical().optimizer(model.hierarchical().init(jax.random.key(0))).init({"w": jnp.zeros(1)}).record
     step, answers = jax.jit(model.remember), []
