@@ -37,12 +37,11 @@ def sgd(learning_rate):
     return Optimizer(lambda params: (), update)
 
 
-def momentum(learning_rate, decay=0.9, nesterov=False):
-    """m <- decay * m + g; updates = -learning_rate * m, or with Nesterov's look-ahead of (decay * m + g)."""
+def momentum(learning_rate, decay=0.9):
+    """m <- decay * m + g; updates = -learning_rate * m."""
     def update(grads, m, params=None, **extra):
         m = jax.tree.map(lambda m, g: decay * m + g, m, grads)
-        ahead = jax.tree.map(lambda m, g: decay * m + g, m, grads) if nesterov else m
-        return jax.tree.map(lambda a: -learning_rate * a, ahead), m
+        return jax.tree.map(lambda m: -learning_rate * m, m), m
     return Optimizer(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
@@ -403,6 +402,9 @@ def remember(record, loss, w):
     Those come from second differences of the losses, which a steady rise or fall does not change. (A fifth of what was gained was
     tried: it also ends trainings that only begin with a jump.)
     """
+    if loss is None:
+        return record, False
+
     def seen():
         k = record.count
         mean = jnp.where(k > 0, 0.5 * (record.mean + loss), loss)
@@ -531,17 +533,17 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
             time = jnp.sin(clock / (np.pi * timescales))
             condition = joined(dense(theta, "condition", h), jnp.stack(logs, 1), each(time))  # [tensors, shared]
             bias = condition @ theta["mlp0/w"][own:] + theta["mlp0/b"][None]
-            pace = steer = [None] * len(count)
-            record, back = state.record, False
-            if anchored and valid_loss is not None:
-                record, back = remember(record, valid_loss, w)
-            if anchored:  # P1's times from 10 to 3000 steps; the others hardly change in an episode
-                steer = joined(h, each(tanh_times(clock)[1:7]), each(surprises), signal, rest) @ theta["steer"]
+            record, jump, pace, steer = (), 0, [None] * len(count), [None] * len(count)
+            if anchored:
+                record, back = remember(state.record, valid_loss, w)
+                jump = jnp.where(back, record.params - w, 0)
                 pace = paces(theta, jnp.maximum(t / horizon, 1), params) * jnp.exp(-BRAKE * record.returns)
+                # P1's times from 10 to 3000 steps; the others hardly change in an episode
+                steer = joined(h, each(tanh_times(clock)[1:7]), each(surprises), signal, rest) @ theta["steer"]
             features = jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8), v, jax.lax.rsqrt(v + 1e-6)])
             parts = (by_tensor(x, count) for x in (features, v[B2] > 0, adams[B1]))
             updates, reports = zip(*map(tensor, *parts, bias, pace, steer))
-            return unravel(jnp.concatenate(updates) + (jnp.where(back, record.params - w, 0) if anchored else 0)), HierarchicalState(
+            return unravel(jnp.concatenate(updates) + jump), HierarchicalState(
                 Memory(m, v, t), h, c, dense(theta, "feedback", jnp.stack(reports)),
                 jnp.mean(dense(theta, "context", h), 0), train, valid, record, size)
 
