@@ -58,7 +58,6 @@ class Settings:
     clip: float = flag(0.3, "largest norm of one trajectory's pathwise gradient")
     learning_rate: float = flag(6e-3, "of the outer Adam at its start")
     decay_steps: float = flag(32.0, "outer steps after which that rate has halved; later it falls like 1 / step")
-    start: str = flag("", "theta.npz of an earlier run to begin with; without, a fresh theta")
     outer_optimizer: str = flag("", "theta.npz of a learned optimizer that moves theta in Adam's place, without its rate and decay")
     fit: int = flag(128, "meta-training tasks of each family that fit the step size at the end (0: leave it; anchored only)")
     compare: int = flag(64, "held-out tasks of each family in the comparison at the end")
@@ -190,8 +189,6 @@ def make_outer(settings):
     An outer step learns from one family; `train` takes them in turn.
     """
     learned = model.LEARNED[settings.optimizer](**sizes(settings))
-    if settings.start and model.load(settings.start)[0] is not learned:
-        raise ValueError(f"{settings.start} holds another optimizer than --optimizer, --output and --horizon ask for.")
     clip = {} if settings.estimator in ("es", "pes") else {"clip": settings.clip}
     make = functools.partial(
         getattr(estimators, settings.estimator), num_pairs=settings.num_pairs, truncation=settings.truncation,
@@ -208,7 +205,7 @@ def make_outer(settings):
 
     def start(key):
         theta_key, particle_key = jax.random.split(key)
-        theta = model.load(settings.start)[1] if settings.start else learned.init(theta_key)
+        theta = learned.init(theta_key)
         moved = theta if settings.outer_optimizer else ravel_pytree(theta)[0]
         particles = {name: estimator.init(theta, particle_key) for name, estimator in each.items()}
         smoothed = dict.fromkeys(each, jnp.float32(jnp.nan))

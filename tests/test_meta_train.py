@@ -165,7 +165,7 @@ def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monk
                       ["--outer-steps", "many"], ["--outer-steps", 0], ["--minutes", -1], ["--minutes", "nan"],
                       ["--horizon", 30, "--truncation", 30], ["--horizon", 400, "--truncation", 300],
                       ["--estimator", "pes", "--sigma", 0], ["--sigma", -1], ["--num-pairs", 0], ["--estimator", "merged", "--num-pairs", 1],
-                      ["--clip", 0], ["--start", "missing.npz"], ["--fit", -1], ["--decay-steps", "nan"], ["--compare", 3],
+                      ["--clip", 0], ["--fit", -1], ["--decay-steps", "nan"], ["--compare", 3],
                       ["--out", whole[0]], ["--out", tmp_path / "file"], ["--out", tmp_path / "file" / "run"], ["--out", "/proc/run"],
                       ["--resume", tmp_path / "nowhere"], ["--resume", tmp_path / "empty"],
                       ["--resume", tmp_path / "damaged"], ["--resume", tmp_path / "foreign"],
@@ -177,15 +177,6 @@ def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monk
         sentence = capsys.readouterr().err.strip().splitlines()[-1]
         assert stopped.value.code == 2 and sentence.startswith("meta_train.py: error: "), (arguments, sentence)
     assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "older" / "log.csv").read_bytes() == log
-
-
-def test_a_run_can_begin_with_the_theta_of_another(whole):
-    settings = meta_train.Settings(tasks="function", optimizer="per_parameter_mlp", horizon=20, truncation=20, start=str(whole[0] / "theta.npz"))
-    begun, theta = meta_train.make_outer(settings)[0](jax.random.key(0)), theta_of(whole[0])
-    for mine in (begun.theta, begun.average):
-        assert mine.keys() == theta.keys() and all((mine[name] == theta[name]).all() for name in theta)
-    with pytest.raises(ValueError, match="holds another optimizer"):
-        meta_train.make_outer(dataclasses.replace(settings, horizon=40))
 
 
 def test_the_outer_loss_is_the_root_of_the_relative_validation_loss_and_grows_with_time():
