@@ -1,8 +1,9 @@
 """Compare a learned optimizer, the shipped one or your own, with tuned hand-designed ones: `python evaluate.py [theta.npz]`.
 
 The tasks are held out (letters, and on the test split fonts, that meta-training never saw). Every optimizer starts from
-the same parameters and sees the same batches. Every baseline has its learning rate tuned per task, with hindsight, anew
-for each figure: for each task and figure the best of ten rates counts. The learned optimizer runs once, untuned.
+the same parameters, sees the same batches and may know how many steps there will be. Every baseline has its learning rate
+tuned per task, with hindsight, anew for each figure: for each task and figure the best of ten rates counts. The learned
+optimizer runs once, untuned.
 """
 import argparse
 import concurrent.futures
@@ -402,7 +403,7 @@ def main():
     parser.add_argument("--data", metavar="FILE", help="compare on your own data instead: an .npz file with x_train, y_train, x_test, y_test")
     parser.add_argument("--net", choices=("mlp", "conv"), default="mlp", help="what is trained on your data (default: mlp)")
     parser.add_argument("--tasks", type=int, help="tasks to compare on (default: 128 held-out ones; 8 starts on your data)")
-    parser.add_argument("--horizon", type=int, default=400, help=f"inner steps, a multiple of {EVERY}")
+    parser.add_argument("--horizon", type=int, default=400, help=f"inner steps, a multiple of {EVERY}; the optimizers are told, if they ask (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="of the tasks, initialisations and batches")
     parser.add_argument("--json", metavar="FILE", help="also write the table here")
     parser.add_argument("--picture", metavar="FILE", help="where to draw (default: comparison-<family or data>.png beside theta)")
@@ -412,7 +413,7 @@ def main():
     if options.tasks < 4 or options.horizon < EVERY or options.horizon % EVERY:
         parser.error(f"--tasks must be at least 4, and --horizon a positive multiple of {EVERY}.")
     try:
-        learned, theta = model.load(options.theta)
+        learned, theta = model.load(options.theta, options.horizon)
         family = (tasks.dataset(model.read_npz(options.data), options.net) if options.data
                   else tasks.FAMILIES[options.family]("held_out") if options.family in tasks.FAMILIES
                   else KINDS[options.family]()._replace(name=options.family))

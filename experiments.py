@@ -431,13 +431,13 @@ def wins(curves, adam):
 
 def generalisation(seed, path, count=16, horizon=400, longer=2000):
     """The optimizer against tuned Adam on every family, on kinds of task that nothing is ever meta-trained on, and on longer runs."""
-    learned, theta = model.load(path)
     families = {name: make("held_out") for name, make in tasks.FAMILIES.items()}
     cases = [("learned from", name, family, horizon) for name, family in families.items()]
     cases += [("held-out kinds", name, make(), horizon) for name, make in evaluate.KINDS.items()]
     cases += [(f"{longer} steps", f"{name}, {longer} steps", family, longer) for name, family in families.items()]
     keys, rows = jax.random.split(jax.random.key(seed), count), []
     for line, name, family, steps in cases:
+        learned, theta = model.load(path, steps)
         mine, adam = learned_curves(family, learned.optimizer, theta, keys, steps), tuned_adam(family, keys, steps)
         logs = np.log(evaluate.speedups(mine[:, 0], adam))
         low, high = np.exp(evaluate.bootstrap(logs))
@@ -470,7 +470,7 @@ def valley_paths(optimizer, steps):
 
 def regularisation(seed, path, steps=1000):
     """On (x - y)^2 / 2 all points of the diagonal are as good: who goes to the nearest, and who to the origin? (P2 figure 4)"""
-    learned, theta = model.load(path)
+    learned, theta = model.load(path, steps)
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     rows = []
     for axis, (name, optimizer) in zip(axes, {"SGD": model.sgd(0.01), "Adam": model.adam(0.01), "learned": learned.optimizer(theta)}.items()):
@@ -495,7 +495,7 @@ def letter_data(rows, seed):
 
 def adaptation(seed, path, count=4, horizon=400):
     """Width, batch size and size of the data set, against Adam at eight fixed learning rates (P2 figure 5)."""
-    (learned, theta), rates, rows = model.load(path), np.float32(10.0 ** np.linspace(-4, -0.5, 8)), []
+    (learned, theta), rates, rows = model.load(path, horizon), np.float32(10.0 ** np.linspace(-4, -0.5, 8)), []
     keys = jax.random.split(jax.random.key(seed), count)
     sweeps = {"width": ((4, 8, 16, 32, 64, 128), (8, 32)), "batch size": ((2, 8, 32, 64, 256), (8, 64)),
               "training images": ((50, 100, 200, 500, 2000), (560, 561))}
@@ -527,7 +527,7 @@ def with_valid_loss(optimizer, horizon, given):
 
 def validation_feature(seed, path, count=64, horizon=400):
     """The same optimizer with its validation input as it is, cut, taken at a random earlier step, or replaced by the training loss."""
-    (learned, theta), finals, rows = model.load(path), {}, []
+    (learned, theta), finals, rows = model.load(path, horizon), {}, []
     keys, family = jax.random.split(jax.random.key(seed), count), tasks.mlp("held_out")
 
     def earlier(loss, past, t):
@@ -547,7 +547,7 @@ def validation_feature(seed, path, count=64, horizon=400):
 
 def wall_clock(seed, path, count=4, horizon=400, width=128):
     """A conv net of some 50,000 parameters: test loss against seconds (P1's headline), baselines at the rate that ends lowest."""
-    family, (learned, theta), rows = tasks.dataset(letter_data(1000, seed), "conv", width), model.load(path), []
+    family, (learned, theta), rows = tasks.dataset(letter_data(1000, seed), "conv", width), model.load(path, horizon), []
     chosen = {name: evaluate.BASELINES[name] for name in ("momentum", "RMSProp", "Adam", "Adam + cosine")}
     curves = evaluate.compare(family, learned, theta, count, horizon, seed, chosen)
     optimizers = {name: make(0.01, horizon) for name, (make, _) in chosen.items()} | {"learned": learned.optimizer(theta)}

@@ -200,7 +200,7 @@ def make_outer(settings):
         each[name] = make(inner_problem(family, learned, settings.target, settings.horizon, settings.adjoint, pool))
     outer = model.nadamw(settings.learning_rate, nesterov=False, warmup=10)
     if settings.outer_optimizer:
-        mover, its_theta = model.load(settings.outer_optimizer)
+        mover, its_theta = model.load(settings.outer_optimizer, settings.outer_steps)
         outer = mover.optimizer(its_theta)
 
     def start(key):

@@ -105,12 +105,18 @@ B1, B2 = 1, 3                                                    # Adam's two am
 ODD = 2 + 2 * len(DECAYS)  # features that change sign with the gradient and the parameter; they come first
 
 
+HORIZON = 400  # steps of a training, where nothing else is said; what features see as one
 TIMES = np.float32([3, 10, 30, 100, 300, 1000, 3000, 10000, 300000])  # scales of P1's features of time, in steps
 
 
 def tanh_times(t):
     """P1's features of time, [9]."""
     return jnp.tanh(t / TIMES - 1)
+
+
+def relative(t, horizon):
+    """The time that features see: step t of `horizon` as one of HORIZON; after the last, time stands still."""
+    return jnp.minimum(t, horizon) * (HORIZON / horizon)
 
 
 def averages(x, g):
@@ -187,20 +193,21 @@ def step_init(key, hidden, own, anchored):
     return {"step/w": jax.random.truncated_normal(key, -2, 2, (hidden, 2)) / np.sqrt(hidden), "step/b": jnp.zeros(2)}
 
 
-def paces(theta, late, params):
-    """What anchored steps of each tensor are multiplied by -> [tensors]. None of the three factors is P1's or P2's.
+def paces(theta, t, horizon, params):
+    """What anchored steps of each tensor are multiplied by at step t -> [tensors]. None of the four factors is P1's or P2's.
 
     Weights (two dimensions or more): the more inputs a unit sums up, the more one step changes the sum, so beyond 32 inputs
     (all but the last dimension) steps shrink in proportion (Yang et al. 2021, muP; a large embedding, whose inputs are zero
     but for one, is slowed for nothing). Biases (fewer dimensions, beside a tensor of weights) have a pace of their own: a few
     long steps push a narrow layer of ReLUs below zero on all inputs, for good. Backprop can't see such a jump, so it is kept
-    away from this pace. And after `late` times as many steps as in meta-training, where time stands still for the features,
-    too, all steps fall like 1 / late^2: full ones would ruin most tasks.
+    away from this pace. Beyond HORIZON, a longer training takes shorter steps, like horizon^(-3/4), by trial on meta-training
+    tasks: it leads farther if its steps have one direction, and less far if they are a random walk. After the horizon they
+    fall like 1 / t^2, since full ones would ruin most tasks.
     """
     shapes = [x.shape for x in jax.tree.leaves(params)]
     weights, inputs = np.array([len(s) > 1 for s in shapes]), np.array([max(np.prod(s[:-1]), 1) for s in shapes])
     biases = jnp.exp(jax.lax.stop_gradient(theta["log_bias"])) if weights.any() else 1.0
-    return jnp.where(weights, np.minimum(1, 32 / inputs), biases) / late ** 2
+    return jnp.where(weights, np.minimum(1, 32 / inputs), biases) * min(HORIZON / horizon, 1) ** 0.75 / jnp.maximum(t / horizon, 1) ** 2
 
 
 def step(theta, h, features, adam_direction, pace, steer=None):
@@ -270,10 +277,10 @@ def memory_init(params):
 
 
 @functools.cache
-def per_parameter_mlp(hidden=32, layers=1, anchored=True, horizon=400):
+def per_parameter_mlp(hidden=32, layers=1, anchored=True, horizon=HORIZON):
     """P1's optimizer (its released code; `layers=2` is the later LOLv2): features of one parameter and the time go
     through `layers` hidden layers of `hidden` units to a direction and a magnitude, with the same weights everywhere.
-    `horizon` is the number of steps it is meta-trained for, see `paces`.
+    `horizon` is the number of steps that a training takes, see `relative` and `paces`.
     """
     def init(key):
         keys = jax.random.split(key, layers + 1)
@@ -290,9 +297,9 @@ def per_parameter_mlp(hidden=32, layers=1, anchored=True, horizon=400):
             g, _ = ravel_pytree(grads)
             m, v, t = averages(memory.m, g), averages(memory.v, g * g), memory.t + 1
             w_own, w_time = jnp.split(theta["mlp0/w"], [ODD])
-            bias = tanh_times(jnp.minimum(t, horizon)) @ w_time + theta["mlp0/b"]
+            bias = tanh_times(relative(t, horizon)) @ w_time + theta["mlp0/b"]
             count = sizes(params)
-            pace = paces(theta, jnp.maximum(t / horizon, 1), params) if anchored else [None] * len(count)
+            pace = paces(theta, t, horizon, params) if anchored else [None] * len(count)
 
             def tensor(features, seen, adam_direction, pace):
                 features = normalised(features, seen)
@@ -319,9 +326,9 @@ def lstm_cell(gates, c):
 
 
 @functools.cache
-def component_lstm(hidden=20):
+def component_lstm(hidden=20, horizon=HORIZON):
     """Andrychowicz et al. 2016: two LSTM layers read each parameter's gradient, its size (over a range of e^20) and its sign
-    apart, and remember what they like; the step is a tenth of what the second puts out."""
+    apart, and remember what they like; the step is a tenth of what the second puts out. Of the horizon it makes nothing."""
     def init(key):
         keys = jax.random.split(key, 3)
         return {**dense_init(keys[0], "lstm0", 2 + hidden, 4 * hidden), **dense_init(keys[1], "lstm1", 2 * hidden, 4 * hidden),
@@ -439,14 +446,14 @@ FEEDBACK, CONTEXT, CONDITION = 16, 18, 17  # sizes of P2's three messages: MLP t
 
 
 @functools.cache
-def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
+def hierarchical(lstm=32, hidden=16, anchored=True, horizon=HORIZON):
     """P2's optimizer (section 3.3 and appendix C; the papers' sizes are lstm=64, hidden=32).
 
     Per tensor, an LSTM reads statistics of momenta, second moments, weights, gradient and shape, how the training and
     the validation loss compare with the recent training loss, what the tensor's MLP reported, and the mean of all LSTMs.
     Per parameter, an MLP with two hidden layers reads that parameter's features, sinusoids of time, and the LSTM's
-    message. Gradients are clipped at a learned multiple of their running size; all initial states are learned. After
-    `horizon` steps, the number it is meta-trained for, the LSTM rests and the steps shrink, see `paces`.
+    message. Gradients are clipped at a learned multiple of their running size; all initial states are learned.
+    `horizon` is the number of steps that a training takes, see `relative` and `paces`; after them the LSTM rests.
     Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads how well the gradients agree and how
     many have vanished, and where the output is anchored, these, the time, the losses and the LSTM steer the step directly, and a
     validation loss that has clearly risen ends the training: back to the parameters where it was best, see `remember`.
@@ -526,7 +533,7 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
             x = joined(statistics(means, squares, params), signal / 10, rest, each(surprises), each(state.context), state.feedback, state.h)
             h, c = lstm_cell(jnp.split(dense(theta, "lstm", x), 4, axis=1), state.c)
             h, c = jnp.where(t > horizon, state.h, h), jnp.where(t > horizon, state.c, c)
-            clock = jnp.minimum(t, horizon)
+            clock = relative(t, horizon)
 
             logs = [jnp.full(len(count), np.log(len(count)) - 1), 0.5 * jnp.log(count * squares[:, 2] + 1e-8),
                     np.log(np.maximum(count, 1))]
@@ -537,7 +544,7 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=400):
             if anchored:
                 record, back = remember(state.record, valid_loss, w)
                 jump = jnp.where(back, record.params - w, 0)
-                pace = paces(theta, jnp.maximum(t / horizon, 1), params) * jnp.exp(-BRAKE * record.returns)
+                pace = paces(theta, t, horizon, params) * jnp.exp(-BRAKE * record.returns)
                 # P1's times from 10 to 3000 steps; the others hardly change in an episode
                 steer = joined(h, each(tanh_times(clock)[1:7]), each(surprises), signal, rest) @ theta["steer"]
             features = jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8), v, jax.lax.rsqrt(v + 1e-6)])
@@ -566,13 +573,16 @@ def save(path, name, theta, **facts):
     write_npz(path, {"about": np.array(about), **{f"theta/{k}": np.asarray(x) for k, x in theta.items()}})
 
 
-def load(path):
-    """-> (LearnedOptimizer, theta). ValueError, with one sentence, if the file is not one that `save` wrote."""
+def load(path, horizon=None):
+    """-> (LearnedOptimizer, theta), for trainings of `horizon` steps, or else of as many as it was meta-trained for.
+
+    ValueError, with one sentence, if the file is not one that `save` wrote.
+    """
     arrays = read_npz(path)
     facts = about(path, arrays)
     theta = {k.removeprefix("theta/"): jnp.asarray(x) for k, x in arrays.items() if k.startswith("theta/")}
     try:
-        learned = LEARNED[facts["name"]](**facts["sizes"])
+        learned = LEARNED[facts["name"]](**facts["sizes"] | ({"horizon": horizon} if horizon else {}))
     except (KeyError, TypeError):
         raise ValueError(f"{path} holds an optimizer this version does not know: {facts}.") from None
     wanted = jax.eval_shape(learned.init, jax.random.key(0))
