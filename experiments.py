@@ -50,7 +50,8 @@ def picture(rows, panels):
             axis.plot(list(points), middle, color=color, label=line, ls="" if words else dash, lw=2 if line == "learned" else 1.2,
                       marker="o" if words or 2 < len(points) < 20 else "", ms=4)
             (axis.vlines if words else axis.fill_between)(list(points), low, high, color=color, alpha=0.3)
-            axis.tick_params("x", rotation=60 if words else 0)
+            if words:
+                plt.setp(axis.get_xticklabels(), rotation=60, ha="right", rotation_mode="anchor")
         axis.set(**{"title": panel} | looks)
         axis.legend(fontsize="small")
     return figure
@@ -444,7 +445,8 @@ def generalisation(seed, path, count=16, horizon=400, longer=2000):
         rows.append({"panel": "generalisation", "line": line, "x": name, "y": np.exp(logs.mean()), "low": low, "high": high,
                      **wins(mine, adam), "diverged": int((~(mine[:, 0, -1] <= mine[:, 0, 0])).sum())})
         print(rows[-1], flush=True)
-    figure = picture(rows, {"generalisation": dict(yscale="log", ylabel="times as fast as tuned Adam (95% of draws)")})
+    figure = picture(rows, {"generalisation": dict(yscale="log", ylim=(0.15, 40), ylabel="times as fast as tuned Adam")})
+    figure.set_size_inches(9, 4.5)
     figure.axes[0].axhline(1, color="black", lw=1)
     return figure, rows
 
