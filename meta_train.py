@@ -58,7 +58,7 @@ class Settings:
     clip: float = flag(0.3, "largest norm of one trajectory's pathwise gradient")
     learning_rate: float = flag(6e-3, "of the outer Adam at its start")
     decay_steps: float = flag(32.0, "outer steps after which that rate has halved; later it falls like 1 / step")
-    outer_optimizer: str = flag("", "theta.npz of a learned optimizer that moves theta in Adam's place, without its rate and decay")
+    outer_optimizer: str = flag("", "theta.npz of a learned optimizer, told of the outer steps, that moves theta in Adam's place, without its rate and decay")
     fit: int = flag(128, "meta-training tasks of each family that fit the step size at the end (0: leave it; anchored only)")
     compare: int = flag(64, "held-out tasks of each family in the comparison at the end")
 

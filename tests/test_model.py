@@ -127,8 +127,26 @@ def test_steps_shrink_beyond_the_horizon(make):
             np.testing.assert_allclose(mine[name], factor * share * theirs[name], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("horizon,speed,pace", [(20, 20, 1), (6400, 1 / 16, 1 / 8)])
+def test_the_hierarchical_optimizer_sees_time_relative_to_the_horizon(horizon, speed, pace):
+    """All silent but the weight of tanh(t / 30 - 1) in the step's size: Adam's steps times exp of that, at a time that is relative."""
+    learned = model.hierarchical(horizon=horizon)
+    theta = learned.init(jax.random.key(0)) | {"log_lr": jnp.log(0.01), "clip/log_multiple": jnp.float32(20)} | SLOW_BIASES
+    theta["steer"] = theta["steer"].at[32 + 1, 0].set(1)  # after the LSTM's 32, the times 10, 30, ...
+    optimizer, adam, params = learned.optimizer(theta), model.adam(0.01), tree(0)
+    state, adams = optimizer.init(params), adam.init(params)
+    update = jax.jit(optimizer.update)
+    for t in range(1, 26):
+        mine, state = update(tree(t), state, params)
+        theirs, adams = adam.update(tree(t), adams)
+        share = pace * min(horizon / t, 1) ** 2 * np.exp(np.tanh(speed * min(t, horizon) / 30 - 1))
+        for name, factor in PACE.items():
+            np.testing.assert_allclose(mine[name], factor * share * theirs[name], rtol=1e-4, atol=1e-7)
+
+
 def test_paces():
-    """Wide weights, biases and the steps of long trainings are slow, without weights nothing is a bias, and backprop leaves the biases' pace alone."""
+    """Wide weights, biases and the steps of long trainings are slow, without weights nothing is a bias, and backprop leaves the
+    biases' pace alone."""
     vectors = {"x": jnp.zeros(3), "y": jnp.zeros(())}
     np.testing.assert_allclose([model.paces(SLOW_BIASES, t, 25, vectors) for t in (1, 25, 50)], [[1, 1], [1, 1], [0.25, 0.25]])
     np.testing.assert_allclose([model.paces(SLOW_BIASES, t, 6400, vectors) for t in (1, 6400, 12800)], np.outer([4, 4, 1], [1, 1]) / 32)
