@@ -403,7 +403,8 @@ def main():
     parser.add_argument("--data", metavar="FILE", help="compare on your own data instead: an .npz file with x_train, y_train, x_test, y_test")
     parser.add_argument("--net", choices=("mlp", "conv"), default="mlp", help="what is trained on your data (default: mlp)")
     parser.add_argument("--tasks", type=int, help="tasks to compare on (default: 128 held-out ones; 8 starts on your data)")
-    parser.add_argument("--horizon", type=int, default=400, help=f"inner steps, a multiple of {EVERY}; the optimizers are told, if they ask (default: 400)")
+    parser.add_argument("--horizon", type=int, default=model.HORIZON,
+                        help=f"inner steps, a multiple of {EVERY}; the optimizers are told, if they ask (default: {model.HORIZON})")
     parser.add_argument("--seed", type=int, default=0, help="of the tasks, initialisations and batches")
     parser.add_argument("--json", metavar="FILE", help="also write the table here")
     parser.add_argument("--picture", metavar="FILE", help="where to draw (default: comparison-<family or data>.png beside theta)")

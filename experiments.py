@@ -610,7 +610,7 @@ RATIO = "mean test loss on held-out tasks / tuned Adam's"
 
 
 def architectures(seed, runs=3, minutes=3.0, looks=3, count=32, horizon=400):
-    """Every learned optimizer of model.py, meta-trained on the same tasks for the same time (P2 figure 2a). Half an hour."""
+    """Every learned optimizer of model.py, meta-trained on the same tasks for the same time (P2 figure 2a). Three quarters of an hour."""
     family, keys, rows = tasks.mlp("held_out"), jax.random.split(jax.random.key(seed), count), []
     adam = tuned_adam(family, keys, horizon)
     for optimizer, run in itertools.product(model.LEARNED, range(runs)):

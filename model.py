@@ -277,9 +277,10 @@ def memory_init(params):
 
 
 @functools.cache
-def per_parameter_mlp(hidden=32, layers=1, anchored=True, horizon=HORIZON):
+def per_parameter_mlp(hidden=32, layers=1, rms=True, anchored=True, horizon=HORIZON):
     """P1's optimizer (its released code; `layers=2` is the later LOLv2): features of one parameter and the time go
     through `layers` hidden layers of `hidden` units to a direction and a magnitude, with the same weights everywhere.
+    Without `rms` no feature knows of g^2, as in P1; with it and two layers it is the MLP that P2 compares with (appendix F.1).
     `horizon` is the number of steps that a training takes, see `relative` and `paces`.
     """
     def init(key):
@@ -308,7 +309,8 @@ def per_parameter_mlp(hidden=32, layers=1, anchored=True, horizon=HORIZON):
                     h = theta[f"mlp{i}/w"].T @ jax.nn.relu(h) + theta[f"mlp{i}/b"][:, None]
                 return step(theta, jax.nn.relu(h), features, adam_direction, pace)
 
-            parts = (by_tensor(x, count) for x in (parameter_features(g, w, m, v), v[B2] > 0, directions(m, v, t)[B1]))
+            features = parameter_features(g, w, m, v if rms else jnp.zeros_like(v))
+            parts = (by_tensor(x, count) for x in (features, v[B2] > 0, directions(m, v, t)[B1]))
             return unravel(jnp.concatenate([*map(tensor, *parts, pace)])), Memory(m, v, t)
 
         return Optimizer(memory_init, update)
@@ -561,7 +563,8 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=HORIZON):
 
 # ---------------------------------------------------------------- on disk
 
-LEARNED = {"per_parameter_mlp": per_parameter_mlp, "hierarchical": hierarchical, "component_lstm": component_lstm}
+LEARNED = {"per_parameter_mlp": per_parameter_mlp, "per_parameter_mlp_without_rms": functools.partial(per_parameter_mlp, rms=False),
+           "hierarchical": hierarchical, "component_lstm": component_lstm}
 
 
 def save(path, name, theta, **facts):

@@ -179,11 +179,11 @@ def test_the_papers_output_form(make):
                      params, tree(0))
 
 
-@pytest.mark.parametrize("anchored", [False, True])
-def test_per_parameter_mlp_against_a_loop(anchored):
-    """Both output forms, written out with NumPy one tensor at a time, from P1's feature list. In a training of 6,400 steps
-    time runs at a sixteenth, and the anchored steps have an eighth of their length."""
-    learned = model.per_parameter_mlp(hidden=8, layers=2, anchored=anchored, horizon=6400)
+@pytest.mark.parametrize("anchored,rms", [(False, True), (True, True), (True, False)])
+def test_per_parameter_mlp_against_a_loop(anchored, rms):
+    """Both output forms, written out with NumPy one tensor at a time, from P1's feature list; without g^2, which is then 0, as in P1's
+    code. In a training of 6,400 steps time runs at a sixteenth, and the anchored steps have an eighth of their length."""
+    learned = model.per_parameter_mlp(hidden=8, layers=2, rms=rms, anchored=anchored, horizon=6400)
     theta = learned.init(jax.random.key(3))
     keys = jax.random.split(jax.random.key(4), 3)
     for key, name in zip(keys, ("step/w", "direct/d", "direct/a") if anchored else ()):
@@ -201,7 +201,7 @@ def test_per_parameter_mlp_against_a_loop(anchored):
             memory["m", b] = b * memory.get(("m", b), 0) + (1 - b) * g
             memory["v", b] = b * memory.get(("v", b), 0) + (1 - b) * g ** 2
         columns += [memory["m", b] for b in decays]
-        columns += [memory["m", b] / np.sqrt(memory["v", b] + 1e-6) for b in decays]
+        columns += [memory["m", b] / np.sqrt(rms * memory["v", b] + 1e-6) for b in decays]
         columns = [np.clip(x / np.sqrt(1e-5 + np.mean(x ** 2)), -5, 5) for x in columns]
         own = np.stack(columns)
         columns += [np.full(len(g), np.tanh(t / 16 / tau - 1)) for tau in (3, 10, 30, 100, 300, 1000, 3000, 10000, 300000)]
