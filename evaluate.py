@@ -25,7 +25,8 @@ import tasks
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-PRETRAINED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pretrained.npz")  # the README says by what command
+PRETRAINED, PRETRAINED_MLP = (os.path.join(os.path.dirname(os.path.abspath(__file__)), name)  # the README says by what commands
+                              for name in ("pretrained.npz", "pretrained_mlp.npz"))
 EVERY = 20    # steps between two measurements
 BATCHES = 8   # batches a measurement averages over, the same ones each time
 RATES = np.float32(10.0 ** np.arange(-4.5, 0.1, 0.5))  # of the adaptive baselines; SGD, 30 times as much, momentum, 3 times

@@ -548,14 +548,17 @@ def validation_feature(seed, path, count=64, horizon=400):
 
 
 def wall_clock(seed, path, count=4, horizon=400, width=128):
-    """A conv net of some 50,000 parameters: test loss against seconds (P1's headline), baselines at the rate that ends lowest."""
-    family, (learned, theta), rows = tasks.dataset(letter_data(1000, seed), "conv", width), model.load(path, horizon), []
+    """A conv net of some 50,000 parameters: test loss against seconds (P1's headline), baselines at the rate that ends lowest. Beside
+    `path` it tries the shipped per-parameter MLP, too."""
+    family, rows = tasks.dataset(letter_data(1000, seed), "conv", width), []
     chosen = {name: evaluate.BASELINES[name] for name in ("momentum", "RMSProp", "Adam", "Adam + cosine")}
-    curves = evaluate.compare(family, learned, theta, count, horizon, seed, chosen)
-    optimizers = {name: make(0.01, horizon) for name, (make, _) in chosen.items()} | {"learned": learned.optimizer(theta)}
-    costs = evaluate.costs(family, optimizers, steps=20)
-    for name, c in curves.items():
-        test = np.median(c[..., 1], 0)  # [settings, points], of the starts
+    (learned, theta), (smaller, its_theta) = model.load(path, horizon), model.load(evaluate.PRETRAINED_MLP, horizon)
+    optimizers = {name: make(0.01, horizon) for name, (make, _) in chosen.items()}
+    costs = evaluate.costs(family, optimizers | {"learned": learned.optimizer(theta), "per-parameter MLP": smaller.optimizer(its_theta)}, steps=20)
+    tests = {name: c[..., 1] for name, c in evaluate.compare(family, learned, theta, count, horizon, seed, chosen).items()}
+    tests["per-parameter MLP"] = learned_curves(family, smaller.optimizer, its_theta, jax.random.split(jax.random.key(seed), count), horizon)
+    for name, test in tests.items():
+        test = np.median(test, 0)  # [settings, points], of the starts
         line = test[np.where(np.isfinite(test).all(1), test[:, -1], np.inf).argmin()]
         rows += [{"panel": "a conv net", "line": name, "x": i * evaluate.EVERY * costs[name][0], "y": y} for i, y in enumerate(line)]
     return picture(rows, {"a conv net": dict(yscale="log", xlabel="seconds", ylabel="test loss")}), rows

@@ -1,4 +1,5 @@
-"""The README's snippets run, and its test command is what CI runs."""
+"""The README's snippets run, and what it says of the shipped optimizers is what they say of themselves."""
+import dataclasses
 import os
 import re
 
@@ -6,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import evaluate
+import meta_train
 import model
 import tasks
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SNIPPETS = re.findall(r"```python\n(.*?)```", open(os.path.join(ROOT, "README.md")).read(), re.S)
+with open(os.path.join(ROOT, "README.md")) as file:
+    README = file.read()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_use_it_on_your_own_loss(monkeypatch):
@@ -36,3 +41,12 @@ def test_add_a_task():
         after = measure(inner)
     assert jnp.ndim(before) == 0 and np.isfinite(before)
     assert after < 0.5 * before
+
+
+def test_the_shipped_optimizers_are_of_the_commands_that_stand_there():
+    commands = [dict(re.findall(r"--(\S+) (\S+)", line)) for line in re.findall(r"^    python meta_train.py (.+)$", README, re.M)]
+    asked = [{field.name: field.type(flags.get(field.name.replace("_", "-"), field.default)) for field in dataclasses.fields(meta_train.Settings)}
+             for flags in commands]
+    for path in (evaluate.PRETRAINED, evaluate.PRETRAINED_MLP):
+        facts = model.about(path)
+        assert sum(settings.items() <= facts.items() for settings in asked) == 1
