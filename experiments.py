@@ -508,7 +508,7 @@ def adaptation(seed, path, count=4, horizon=400):
             curves = np.concatenate([learned_curves(family, learned.optimizer, theta, keys, horizon), tuned_adam(family, keys, horizon, rates)], 1)
             rows += [{"panel": panel, "line": line, "x": value, "y": y} for line, ys in
                      zip(("learned", *(f"Adam {rate:.0e}" for rate in rates)), curves[:, :, -1].T) for y in ys]
-    figure = picture(rows, {panel: dict(xscale="log", yscale="log", ylabel="final test loss", ylim=(None, 5)) for panel in sweeps})
+    figure = picture(rows, {panel: dict(xscale="log", yscale="log", ylabel="final test loss", ylim=(0.4, 5)) for panel in sweeps})
     for axis, (_, learned_from) in zip(figure.axes, sweeps.values()):
         axis.axvspan(*learned_from, color="gray", alpha=0.2)
     return figure, rows
