@@ -646,6 +646,22 @@ def num_tasks(seed, runs=2, steps=96, count=64, horizon=400, numbers=(1, 4, 16, 
     return picture(rows, {RATIO: dict(xscale="log", xlabel="tasks learned from")}), rows
 
 
+def targets(seed, runs=3, steps=96, images=500, count=8, horizon=400):
+    """Meta-trained for the training loss or for one on held-out batches: which has the lower test loss on few images, where the
+    training loss is the same? (P1: one for held-out batches generalises better.) Six minutes."""
+    family, keys, rows = tasks.dataset(letter_data(images, seed)), jax.random.split(jax.random.key(seed), count), []
+    panel = f"a net on {images} images"
+    for target, run in itertools.product(meta_train.SPLITS, range(runs)):
+        settings = meta_train.Settings(target=target, seed=seed + run, outer_steps=steps, horizon=horizon, truncation=horizon)
+        *_, (state, _) = meta_training(settings)
+        optimizer, theta = model.LEARNED[settings.optimizer](**meta_train.sizes(settings)).optimizer, jax.tree.map(lambda x: x[None], state.average)
+        curves = np.asarray(evaluate.learning_curves(family, optimizer, theta, keys, horizon))[:, 0]
+        rows += [{"panel": panel, "line": f"learned for {target}, seed {settings.seed}", "step": i * evaluate.EVERY, "x": max(train, 1e-5), "y": test}
+                 for i, (train, test) in enumerate(np.median(curves, 0))]
+        print(rows[-1], flush=True)
+    return picture(rows, {panel: dict(xscale="log", xlabel="training loss (median of the starts, from the right to the left)", ylabel="test loss")}), rows
+
+
 def self_training(seed, path, steps=400, horizon=100, rates=(1e-3, 3e-3, 1e-2, 3e-2), beyond=3):
     """The learned optimizer moves the theta of a new one, from scratch, and on beyond its own horizon; beside Adam (P2 figure 8)."""
     common = dict(optimizer="per_parameter_mlp", seed=seed, horizon=horizon, truncation=horizon, outer_steps=beyond * steps)
@@ -697,7 +713,7 @@ def settings_list(seed, count=12, unseen=6, size=32, horizon=400):
 
 EXPERIMENTS = {"gallery": gallery, "landscape": landscape, "truncation-bias": truncation_bias, "variance": variance, "cost": cost,
                "scaling": scaling, "race": race, "longer": longer, "settings-list": settings_list, "architectures": architectures,
-               "num-tasks": num_tasks}
+               "num-tasks": num_tasks, "targets": targets}
 BEHAVIOURS = {"generalisation": generalisation, "regularisation": regularisation, "adaptation": adaptation,
               "validation-feature": validation_feature, "wall-clock": wall_clock, "self-training": self_training}
 
