@@ -659,7 +659,8 @@ def targets(seed, runs=3, steps=96, images=500, count=8, horizon=400):
         rows += [{"panel": panel, "line": f"learned for {target}, seed {settings.seed}", "step": i * evaluate.EVERY, "x": max(train, 1e-5), "y": test}
                  for i, (train, test) in enumerate(np.median(curves, 0))]
         print(rows[-1], flush=True)
-    return picture(rows, {panel: dict(xscale="log", xlabel="training loss (median of the starts, from the right to the left)", ylabel="test loss")}), rows
+    axes = dict(xscale="log", xlabel="training loss (median of the starts, from the right to the left)", ylabel="test loss")
+    return picture(rows, {panel: axes}), rows
 
 
 def self_training(seed, path, steps=400, horizon=100, rates=(1e-3, 3e-3, 1e-2, 3e-2), beyond=3):
