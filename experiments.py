@@ -613,7 +613,7 @@ RATIO = "mean test loss on held-out tasks / tuned Adam's"
 
 
 def architectures(seed, runs=3, minutes=3.0, looks=3, count=32, horizon=400):
-    """Every learned optimizer of model.py, meta-trained on the same tasks for the same time (P2 figure 2a). Three quarters of an hour."""
+    """Every learned optimizer of model.py, meta-trained on the same tasks for the same time (P2 figure 2a). Forty minutes."""
     family, keys, rows = tasks.mlp("held_out"), jax.random.split(jax.random.key(seed), count), []
     adam = tuned_adam(family, keys, horizon)
     for optimizer, run in itertools.product(model.LEARNED, range(runs)):
@@ -733,7 +733,8 @@ def main(arguments=None):
         os.makedirs(options.out, exist_ok=True)
         run = EXPERIMENTS.get(options.name)
         if options.name in BEHAVIOURS:
-            model.load(options.theta)  # a wrong file is found at once
+            for file in (options.theta, evaluate.PRETRAINED_MLP):
+                model.load(file)  # a wrong file is found at once
             run = functools.partial(BEHAVIOURS[options.name], path=options.theta)
     except (OSError, ValueError) as error:
         parser.error(f"{error}")

@@ -137,6 +137,14 @@ def test_a_behaviour_of_no_optimizer_is_refused(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 2 and "There is no file missing.npz" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_a_damaged_shipped_optimizer_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "damaged.npz").write_bytes(b"no archive")
+    monkeypatch.setattr(experiments.evaluate, "PRETRAINED_MLP", str(tmp_path / "damaged.npz"))
+    with pytest.raises(SystemExit) as stopped:
+        experiments.main(["wall-clock", "--out", str(tmp_path)])
+    assert stopped.value.code == 2 and "damaged.npz is damaged or not an .npz file" in capsys.readouterr().err
+
+
 def test_a_behaviour_from_the_command_line(tmp_path):
     theta = model.per_parameter_mlp(hidden=4).init(jax.random.key(0))
     model.save(tmp_path / "theta.npz", "per_parameter_mlp", theta, sizes={"hidden": 4})
