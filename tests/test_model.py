@@ -257,6 +257,20 @@ def test_features_are_normalised_over_what_ever_had_a_gradient():
     np.testing.assert_allclose(found[1], [np.sqrt(3), 0, 0, 0], rtol=1e-4)
 
 
+def test_tensor_means():
+    """All that the LSTM is told, in float64, a tensor at a time; of m and v over the decays, too."""
+    rng = np.random.default_rng(0)
+    g, w, m, v, directions = (rng.standard_normal(shape) for shape in ((7,), (7,), (5, 7), (5, 7), (5, 7)))
+    v = v ** 2 + 0.1
+    found = model.tensor_means(*map(jnp.float32, (g, w, m, v, directions)), [4, 3])
+    for i, part in enumerate((slice(0, 4), slice(4, 7))):
+        M, V, W, G, D = (x[..., part] for x in (m, v, w, g, directions))
+        np.testing.assert_allclose(found[0][i], [M.mean(), V.mean(), W.mean()], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found[1][i], [(M ** 2).mean(), (V ** 2).mean(), (W ** 2).mean(), (G ** 2).mean()], rtol=1e-4)
+        np.testing.assert_allclose(found[2][i], (D ** 2).mean(1), rtol=1e-4)
+        assert found[3][i] == 0  # all have a gradient
+
+
 def test_at_rest_is_what_has_lost_its_gradient():
     g, v = jnp.float32([0, 0, 1, 2, 0, 0]), jnp.zeros((5, 6)).at[:, :4].set([[0, 1, 1, 1]])  # the last three: never any
     found = model.tensor_means(g, g, v, v, v, [4, 2, 0])
