@@ -179,7 +179,7 @@ def test_the_papers_output_form(make):
                      params, tree(0))
 
 
-@pytest.mark.parametrize("anchored,rms", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("anchored,rms", [(False, False), (True, True)])
 def test_per_parameter_mlp_against_a_loop(anchored, rms):
     """Both output forms, written out with NumPy one tensor at a time, from P1's feature list; without g^2, which is then 0, as in P1's
     code. In a training of 6,400 steps time runs at a sixteenth, and the anchored steps have an eighth of their length."""
