@@ -1,6 +1,6 @@
 """The papers' experiments on estimators and on learned optimizers, a function each: `python experiments.py NAME`.
 
-Each gives the rows of a table; `picture` draws them.
+Each returns a figure, most of them drawn by `picture`, and the rows (dicts) of its table.
 """
 import argparse
 import csv
@@ -123,14 +123,14 @@ def gallery(seed, count=6, horizon=200):
                 y = np.array(jax.vmap(along)(x))
                 top.plot(x, y / y.max(), lw=1, label=label)
             top.legend(fontsize="x-small")
-        else:
+        elif examples.shape[-1] == 64:  # letters
             top.imshow(examples[:24].reshape(4, 6, 8, 8).swapaxes(1, 2).reshape(32, 48), cmap="gray_r")
         train = lambda: np.array(evaluate.learning_curves(family, model.adam, jnp.float32(evaluate.RATES), keys, horizon))[..., 1]
         curves = train()
         pace = count * len(evaluate.RATES) * horizon / seconds(train)
         for curve in curves:  # [rates, points]
-            final = np.where(np.isfinite(curve).all(1), curve[:, -1], np.inf)
-            bottom.semilogy(np.arange(curve.shape[1]) * evaluate.EVERY, curve[final.argmin()] / curve[0, 0])
+            best = curve[evaluate.figures(curve, evaluate.final_loss).argmin()]
+            bottom.semilogy(np.arange(len(best)) * evaluate.EVERY, best / best[0])
         parameters = sum(x.size for x in jax.tree.leaves(family.init(task, keys[0])))
         top.set_title(f"{name}: {parameters} parameters,\n{pace:.0f} steps a second")
         bottom.set(xlabel="step", ylabel="test loss / start" if name == "mlp" else None)
@@ -307,12 +307,12 @@ def history_variance(seed, counts=(1, 2, 4, 8, 16, 32, 64), size=50):
     return rows
 
 
-def crossover(seed, count=2000, horizon=16):
+def crossover(seed, count=2000, horizon=16, truncations=(1, 2, 4, 8)):
     """Mean squared error against K and N on the linear-quadratic problem: truncated backprop errs by its bias alone."""
     problem, theta, rows = linear_quadratic(), {"x": jnp.array([0.4, -0.7, 0.5])}, []
     truth = jax.grad(lambda theta: episode_loss(problem, horizon, theta, jax.random.key(0), cap=jnp.inf))(theta)["x"]
     for name, pairs in (("truncated_backprop", 16), ("pes", 4), ("pes", 64), ("combined", 4), ("combined", 64)):
-        for truncation in (1, 2, 4, 8):
+        for truncation in truncations:
             estimator = make(name, problem, 0.1, num_pairs=pairs, truncation=truncation, horizon=horizon, cap=1e6)
             gradients, _ = jax.jit(functools.partial(estimates, estimator, count))(theta, jax.random.key(seed))
             error = jnp.mean(jnp.sum((gradients[200:] - truth[None]) ** 2, 1))
@@ -350,7 +350,8 @@ def cost(seed, pairs=2):
         found = {"forward": np.median(times[:, 0]), "backprop": np.median(times[:, 1])}
         rows += [{"panel": "seconds", "line": "backprop / forward", "x": length, "y": np.median(times[:, 1] / times[:, 0]), **found}]
         rows += [{"panel": "megabytes of scratch memory", "line": line, "x": length, "y": y} for line, y in zip(found, memory)]
-    return picture(rows, {panel: dict(xlabel="unrolled steps K", ylim=(0, None)) for panel in ("seconds", rows[1]["panel"])}), rows
+    looks = dict(xlabel="unrolled steps K", ylim=(0, None))
+    return picture(rows, {"seconds": looks | dict(title="seconds, relative to the unroll alone", ylim=(0, 5)), rows[1]["panel"]: looks}), rows
 
 
 def scaling(seed, repeats=6):
@@ -424,26 +425,18 @@ def tuned_adam(family, keys, horizon, rates=evaluate.RATES):
     return evaluate.kept_curves(family, model.adam, jnp.asarray(rates), keys, horizon)[..., 1]
 
 
-def wins(curves, adam):
-    """Shares of tasks on which the mean and the final test loss are below tuned Adam's."""
-    return {name: float(np.mean(evaluate.best(curves, value) < evaluate.best(adam, value)))
-            for name, value in (("mean", evaluate.mean_loss), ("final", evaluate.final_loss))}
-
-
 def generalisation(seed, path, count=16, horizon=400, longer=2000):
     """The optimizer against tuned Adam on every family, on kinds of task that nothing is ever meta-trained on, and on longer runs."""
     families = {name: make("held_out") for name, make in tasks.FAMILIES.items()}
     cases = [("learned from", name, family, horizon) for name, family in families.items()]
     cases += [("held-out kinds", name, make(), horizon) for name, make in evaluate.KINDS.items()]
     cases += [(f"{longer} steps", f"{name}, {longer} steps", family, longer) for name, family in families.items()]
-    keys, rows = jax.random.split(jax.random.key(seed), count), []
+    adam, rows = {"Adam": evaluate.BASELINES["Adam"]}, []
     for line, name, family, steps in cases:
-        learned, theta = model.load(path, steps)
-        mine, adam = learned_curves(family, learned.optimizer, theta, keys, steps), tuned_adam(family, keys, steps)
-        logs = np.log(evaluate.speedups(mine[:, 0], adam))
-        low, high = np.exp(evaluate.bootstrap(logs))
-        rows.append({"panel": "generalisation", "line": line, "x": name, "y": np.exp(logs.mean()), "low": low, "high": high,
-                     **wins(mine, adam), "diverged": int((~(mine[:, 0, -1] <= mine[:, 0, 0])).sum())})
+        found = evaluate.summary(evaluate.compare(family, *model.load(path, steps), count, steps, seed, adam))
+        versus, (low, high) = found["versus"]["Adam"], found["versus"]["Adam"]["speedup_95"]
+        rows.append({"panel": "generalisation", "line": line, "x": name, "y": versus["speedup"], "low": low, "high": high,
+                     "mean": versus["win_mean"], "final": versus["win_final"], "diverged": found["diverged"]})
         print(rows[-1], flush=True)
     figure = picture(rows, {"generalisation": dict(yscale="log", ylim=(0.15, 40), ylabel="times as fast as tuned Adam")})
     figure.set_size_inches(9, 4.5)
@@ -477,21 +470,24 @@ def regularisation(seed, path, steps=1000):
     rows = []
     for axis, (name, optimizer) in zip(axes, {"SGD": model.sgd(0.01), "Adam": model.adam(0.01), "learned": learned.optimizer(theta)}.items()):
         paths = np.array(valley_paths(optimizer, steps))
-        start, end = np.linalg.norm(paths[:, 0].sum(1)) / np.sqrt(2), np.linalg.norm(paths[:, -1].sum(1)) / np.sqrt(2)
-        rows.append({"optimizer": name, "distance_along_the_diagonal": end / start,
-                     "distance_from_it": np.abs(np.diff(paths[:, -1])).mean()})
+        start, end = (np.abs(paths[:, i].sum(1)) / np.sqrt(2) for i in (0, -1))  # [49], distances from the origin along the diagonal
+        left = end.mean() / start.mean()
+        rows.append({"optimizer": name, "distance_along_the_diagonal": left, "nearer": np.sum(end < start - 1e-3),
+                     "farther": np.sum(end > start + 1e-3), "distance_from_it": np.abs(np.diff(paths[:, -1])).mean() / np.sqrt(2)})
         axis.plot(*paths.transpose(2, 1, 0), color="C0", lw=0.8)
         axis.plot(*paths[:, -1].T, "o", color="C3", ms=3)
-        axis.set(title=f"{name}: {end / start:.0%} of the way to the origin left", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+        axis.set(title=f"{name}: {left:.0%} of the way to the origin left", xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
     return figure, rows
 
 
 def letter_data(rows, seed):
-    """Ten held-out letters as `tasks.dataset` wants them: `rows` training images drawn from the training fonts, and all test images."""
+    """Ten held-out letters as `tasks.dataset` wants them: `rows` different training images (a multiple of 10, at most 1,040) of all
+    fonts but the test's, and all test images. An image that came twice could be in training and in validation."""
     rng, data = np.random.default_rng(seed), tasks.letters()
-    train, test = (data[f"held_out/{split}"][:10] for split in ("train", "test"))
-    labels = np.arange(rows) % 10
-    return {"x_train": train[labels, rng.integers(0, train.shape[1], rows)], "y_train": labels,
+    *train, test = (data[f"held_out/{split}"][:10] for split in tasks.SPLITS)
+    train, labels = np.concatenate(train, 1), np.arange(rows) % 10
+    chosen = np.stack([rng.permutation(train.shape[1])[:rows // 10] for _ in range(10)], 1).ravel()
+    return {"x_train": train[labels, chosen], "y_train": labels,
             "x_test": test.reshape(-1, *test.shape[2:]), "y_test": np.repeat(np.arange(10), test.shape[1])}
 
 
@@ -500,7 +496,7 @@ def adaptation(seed, path, count=4, horizon=400):
     (learned, theta), rates, rows = model.load(path, horizon), np.float32(10.0 ** np.linspace(-4, -0.5, 8)), []
     keys = jax.random.split(jax.random.key(seed), count)
     sweeps = {"width": ((4, 8, 16, 32, 64, 128), (8, 32)), "batch size": ((2, 8, 32, 64, 256), (8, 64)),
-              "training images": ((50, 100, 200, 500, 2000), (560, 561))}
+              "training images": ((50, 100, 200, 500, 1000), (500, 1040))}
     for panel, (values, _) in sweeps.items():
         for value in values:
             data = letter_data(value if panel == "training images" else 500, seed)
@@ -559,7 +555,7 @@ def wall_clock(seed, path, count=4, horizon=400, width=128):
     tests["per-parameter MLP"] = learned_curves(family, smaller.optimizer, its_theta, jax.random.split(jax.random.key(seed), count), horizon)
     for name, test in tests.items():
         test = np.median(test, 0)  # [settings, points], of the starts
-        line = test[np.where(np.isfinite(test).all(1), test[:, -1], np.inf).argmin()]
+        line = test[evaluate.figures(test, evaluate.final_loss).argmin()]
         rows += [{"panel": "a conv net", "line": name, "x": i * evaluate.EVERY * costs[name][0], "y": y} for i, y in enumerate(line)]
     return picture(rows, {"a conv net": dict(yscale="log", xlabel="seconds", ylabel="test loss")}), rows
 
@@ -570,9 +566,11 @@ def meta_training(settings):
     """Yields (Run, row of numbers) after each outer step of the settings' first family."""
     key, name = jax.random.key(settings.seed), meta_train.families(settings)[0]
     run, programs = meta_train.compiled(*meta_train.make_outer(settings), key)
+    outer_step = programs[name].result()
     while run.step < settings.outer_steps:
-        run, row = jax.block_until_ready(programs[name].result()(run, key))  # two at once would wait for each other's sums
-        yield run, row
+        begin = time.perf_counter()
+        run, row = jax.block_until_ready(outer_step(run, key))  # two at once would wait for each other's sums
+        yield run, row | {"seconds": time.perf_counter() - begin}
 
 
 def longer(seed, runs=3, looks=8, every=128, count=64):
@@ -593,7 +591,9 @@ def longer(seed, runs=3, looks=8, every=128, count=64):
             if name == "after":
                 variants["handed out"] = meta_train.fit_step_size(settings, state.average)
             for line, theta in variants.items():
-                found = wins(learned_curves(family, learned.optimizer, theta, keys, horizon), adam)
+                curves = learned_curves(family, learned.optimizer, theta, keys, horizon)
+                found = {panel: float(np.mean(evaluate.best(curves, value) < evaluate.best(adam, value)))
+                         for panel, value in (("mean", evaluate.mean_loss), ("final", evaluate.final_loss))}
                 rows += [{"panel": panel, "line": line, "y": y, **common} for panel, y in found.items()]
                 print(line, common, found, flush=True)
     titles = {"outer loss": "outer loss, running mean", "mean": "share with a lower mean test loss than tuned Adam",
@@ -612,33 +612,31 @@ def loss_ratio(settings, theta, adam, keys, family):
 RATIO = "mean test loss on held-out tasks / tuned Adam's"
 
 
-def architectures(seed, runs=3, minutes=3.0, looks=3, count=32, horizon=400):
+def architectures(seed, runs=3, minutes=3.0, looks=3, count=32):
     """Every learned optimizer of model.py, meta-trained on the same tasks for the same time (P2 figure 2a). Forty minutes."""
     family, keys, rows = tasks.mlp("held_out"), jax.random.split(jax.random.key(seed), count), []
-    adam = tuned_adam(family, keys, horizon)
+    adam = tuned_adam(family, keys, meta_train.Settings.horizon)
     for optimizer, run in itertools.product(model.LEARNED, range(runs)):
-        settings = meta_train.Settings(optimizer=optimizer, seed=seed + run, outer_steps=10 ** 6, horizon=horizon, truncation=horizon)
-        spent, look, before = 0.0, 0, None
-        for state, _ in meta_training(settings):
-            now = time.perf_counter()
-            spent, before = spent + (now - before if before else 0), now  # the first step is not counted: it was compiled
+        settings = meta_train.Settings(optimizer=optimizer, seed=seed + run, outer_steps=10 ** 6)
+        spent, look = 0.0, 0
+        for state, row in meta_training(settings):
+            spent += row["seconds"]
             if spent > 60 * minutes * (look + 1) / looks:
                 look += 1
                 rows.append({"panel": RATIO, "line": optimizer, "x": minutes * look / looks, "seed": settings.seed,
                              "outer_steps": int(state.step), "y": loss_ratio(settings, state.average, adam, keys, family)})
                 print(rows[-1], flush=True)
-                before = time.perf_counter()
             if look == looks:
                 break
     return picture(rows, {RATIO: dict(xlabel=f"minutes of meta-training, {runs} seeds")}), rows
 
 
-def num_tasks(seed, runs=2, steps=96, count=64, horizon=400, numbers=(1, 4, 16, 64, 256)):
+def num_tasks(seed, runs=2, steps=96, count=64, numbers=(1, 4, 16, 64, 256)):
     """How many tasks an optimizer must learn from before it is good on others (P2 figure 2b). A quarter of an hour."""
     family, keys, rows = tasks.mlp("held_out"), jax.random.split(jax.random.key(seed), count), []
-    adam = tuned_adam(family, keys, horizon)
+    adam = tuned_adam(family, keys, meta_train.Settings.horizon)
     for number, run in itertools.product(numbers, range(runs)):
-        settings = meta_train.Settings(num_tasks=number, seed=seed + run, outer_steps=steps, horizon=horizon, truncation=horizon)
+        settings = meta_train.Settings(num_tasks=number, seed=seed + run, outer_steps=steps)
         *_, (state, _) = meta_training(settings)
         rows.append({"panel": RATIO, "line": "learned", "x": number, "seed": settings.seed,
                      "y": loss_ratio(settings, state.average, adam, keys, family)})
@@ -646,16 +644,16 @@ def num_tasks(seed, runs=2, steps=96, count=64, horizon=400, numbers=(1, 4, 16, 
     return picture(rows, {RATIO: dict(xscale="log", xlabel="tasks learned from")}), rows
 
 
-def targets(seed, runs=3, steps=96, images=500, count=8, horizon=400):
+def targets(seed, runs=3, steps=96, images=500, count=8):
     """Meta-trained for the training loss or for one on held-out batches: which has the lower test loss on few images, where the
     training loss is the same? (P1: one for held-out batches generalises better.) Six minutes."""
     family, keys, rows = tasks.dataset(letter_data(images, seed)), jax.random.split(jax.random.key(seed), count), []
     panel = f"a net on {images} images"
     for target, run in itertools.product(meta_train.SPLITS, range(runs)):
-        settings = meta_train.Settings(target=target, seed=seed + run, outer_steps=steps, horizon=horizon, truncation=horizon)
+        settings = meta_train.Settings(target=target, seed=seed + run, outer_steps=steps)
         *_, (state, _) = meta_training(settings)
         optimizer, theta = model.LEARNED[settings.optimizer](**meta_train.sizes(settings)).optimizer, jax.tree.map(lambda x: x[None], state.average)
-        curves = np.asarray(evaluate.learning_curves(family, optimizer, theta, keys, horizon))[:, 0]
+        curves = np.asarray(evaluate.learning_curves(family, optimizer, theta, keys, settings.horizon))[:, 0]
         rows += [{"panel": panel, "line": f"learned for {target}, seed {settings.seed}", "step": i * evaluate.EVERY, "x": max(train, 1e-5), "y": test}
                  for i, (train, test) in enumerate(np.median(curves, 0))]
         print(rows[-1], flush=True)
@@ -699,8 +697,7 @@ def settings_list(seed, count=12, unseen=6, size=32, horizon=400):
         for name, family in tasks.FAMILIES.items():
             keys = jax.random.split(jax.random.key(2 ** 30 + seed), count)
             curves = evaluate.kept_curves(family(pool), make, jax.tree.map(jnp.asarray, settings), keys, horizon)[..., 1]
-            ratios = np.where(np.isfinite(curves).all(-1), curves[..., -1] / curves[..., 0], 1.0)
-            found.append(np.sqrt(np.clip(ratios, 0, 1)))
+            found.append(np.sqrt(np.clip(evaluate.figures(curves, evaluate.final_loss) / curves[..., 0], 0, 1)))
         return np.concatenate(found)
 
     order = greedy(ends("meta_train", count), size)
@@ -712,17 +709,18 @@ def settings_list(seed, count=12, unseen=6, size=32, horizon=400):
     return picture(rows, {"NAdamW": dict(xscale="log", xlabel="settings tried on each task", ylabel="root of the final test loss / start")}), rows
 
 
-EXPERIMENTS = {"gallery": gallery, "landscape": landscape, "truncation-bias": truncation_bias, "variance": variance, "cost": cost,
-               "scaling": scaling, "race": race, "longer": longer, "settings-list": settings_list, "architectures": architectures,
-               "num-tasks": num_tasks, "targets": targets}
-BEHAVIOURS = {"generalisation": generalisation, "regularisation": regularisation, "adaptation": adaptation,
-              "validation-feature": validation_feature, "wall-clock": wall_clock, "self-training": self_training}
+def by_name(*functions):
+    return {f.__name__.replace("_", "-"): f for f in functions}
+
+
+EXPERIMENTS = by_name(gallery, landscape, truncation_bias, variance, cost, scaling, race, longer, settings_list, architectures, num_tasks, targets)
+BEHAVIOURS = by_name(generalisation, regularisation, adaptation, validation_feature, wall_clock, self_training)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
     parser.add_argument("name", choices=[*EXPERIMENTS, *BEHAVIOURS])
-    parser.add_argument("--theta", metavar="FILE", default=evaluate.PRETRAINED,
+    parser.add_argument("--theta", metavar="FILE",
                         help=f"whose behaviour it is, for {', '.join(BEHAVIOURS)} (default: the shipped optimizer's)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument("--out", default="figures", help="folder for the picture and the table")
@@ -732,10 +730,13 @@ def main(arguments=None):
     try:
         os.makedirs(options.out, exist_ok=True)
         run = EXPERIMENTS.get(options.name)
-        if options.name in BEHAVIOURS:
-            for file in (options.theta, evaluate.PRETRAINED_MLP):
+        if run and options.theta:
+            raise ValueError(f"{options.name} is not about an optimizer that is there already: leave --theta away.")
+        if not run:
+            theta = options.theta or evaluate.PRETRAINED
+            for file in (theta, *[evaluate.PRETRAINED_MLP] * (options.name == "wall-clock")):
                 model.load(file)  # a wrong file is found at once
-            run = functools.partial(BEHAVIOURS[options.name], path=options.theta)
+            run = functools.partial(BEHAVIOURS[options.name], path=theta)
     except (OSError, ValueError) as error:
         parser.error(f"{error}")
     figure, rows = run(options.seed)
