@@ -1,9 +1,9 @@
 """Compare a learned optimizer, the shipped one or your own, with tuned hand-designed ones: `python evaluate.py [theta.npz]`.
 
 The tasks are held out (letters, and on the test split fonts, that meta-training never saw). Every optimizer starts from
-the same parameters, sees the same batches and may know how many steps there will be. Every baseline has its learning rate
-tuned per task, with hindsight, anew for each figure: for each task and figure the best of ten rates counts. The learned
-optimizer runs once, untuned.
+the same parameters, sees the same batches and may know how many steps there will be. Every baseline is tuned per task, with
+hindsight, anew for each figure: the best of ten learning rates counts, or, of NAdamW and Adam8p, of ten settings of all that
+they have. The learned optimizer runs once, untuned.
 """
 import argparse
 import concurrent.futures
@@ -151,7 +151,7 @@ def steps_to(curve, loss):
 
 
 def summary(curves):
-    """The comparison as a dict that JSON can hold; see the README for what each figure means.
+    """The comparison as a dict for Python's json (what diverged is Infinity there); see the README for what each figure means.
 
     Against each baseline: shares of tasks and speed-up, and for each the interval that holds 95% of what other tasks might give.
     """
@@ -189,13 +189,13 @@ def speedups(learned, adam):
     """For each task, how many times fewer steps the learned optimizer needs than tuned Adam (or another) -> [n].
 
     learned [n, points], adam [n, h, points], test losses. If Adam gets down to the loss the learned one ends at, in s of
-    the T steps, the task counts s / T; if it never does, the learned one needed s' steps to Adam's final loss: T / s'.
+    the T steps, the task counts s / T; if it never does, the learned one needed s' steps to Adam's final loss: T / s'. A
+    learned run that is not finite ends at infinity, where Adam is at once: s is EVERY.
     """
     rates = []
     for mine, others in zip(learned, adam):
-        final = np.where(np.isfinite(others).all(-1), others[:, -1], np.inf)
-        other, horizon = others[final.argmin()], (len(mine) - 1) * EVERY
-        steps = steps_to(other, mine[-1])
+        other, horizon = others[figures(others, final_loss).argmin()], (len(mine) - 1) * EVERY
+        steps = steps_to(other, figures(mine, final_loss))
         rates.append(steps / horizon if np.isfinite(steps) else horizon / min(steps_to(mine, other[-1]), horizon))
     return np.array(rates)
 
@@ -208,15 +208,16 @@ def costs(family, optimizers, steps=50, turns=9):
         step = lambda inner, key, optimizer=optimizer: (tasks.inner_step(family, optimizer, task, inner, key), None)
         train = jax.jit(lambda inner, step=step: jax.lax.scan(step, inner, jax.random.split(key, steps))[0])
         inner = tasks.init_inner(family, optimizer, task, key)
-        programs[name] = train, jax.block_until_ready(train(inner)), inner
+        jax.block_until_ready(train(inner))  # compiles
+        programs[name] = train, inner
     times = {name: [] for name in programs}
     for _ in range(turns):
-        for name, (train, _, inner) in programs.items():
+        for name, (train, inner) in programs.items():
             begin = time.perf_counter()
             jax.block_until_ready(train(inner))
             times[name].append((time.perf_counter() - begin) / steps)
     return {name: (float(np.median(times[name])), sum(x.nbytes for x in jax.tree.leaves(inner.opt_state)))
-            for name, (_, _, inner) in programs.items()}
+            for name, (_, inner) in programs.items()}
 
 
 def print_summary(name, result):
@@ -245,8 +246,8 @@ def picture(path, curves):
     for i, axis in enumerate(axes[:4]):
         for name in ("Adam", "Adam + cosine", "learned"):
             test = curves[name][i, ..., 1]
-            setting = np.where(np.isfinite(test).all(-1), mean_loss(test), np.inf).argmin()
-            axis.plot(steps, test[setting], label=name, color={"learned": "C3"}.get(name), lw=2 if name == "learned" else 1.2)
+            axis.plot(steps, test[figures(test, mean_loss).argmin()], label=name, color={"learned": "C3"}.get(name),
+                      lw=2 if name == "learned" else 1.2)
         axis.set(title=f"task {i}", xlabel="step", ylabel="test loss" if i == 0 else None)
     axes[0].legend()
     log2 = lambda name, value: np.log2(np.maximum(best(curves[name][..., 1], value), 1e-30))  # some functions are solved exactly
@@ -412,8 +413,8 @@ def main():
     options = parser.parse_args()
     if options.tasks is None:
         options.tasks = 8 if options.data else 128
-    if options.tasks < 4 or options.horizon < EVERY or options.horizon % EVERY:
-        parser.error(f"--tasks must be at least 4, and --horizon a positive multiple of {EVERY}.")
+    if options.tasks < 4 or options.horizon < EVERY or options.horizon % EVERY or abs(options.seed) >= 2 ** 31:
+        parser.error(f"--tasks must be at least 4, --horizon a positive multiple of {EVERY}, and --seed smaller than 2^31.")
     try:
         learned, theta = model.load(options.theta, options.horizon)
         family = (tasks.dataset(model.read_npz(options.data), options.net) if options.data
@@ -435,11 +436,11 @@ def main():
           f"{result['versus']['Adam']['speedup'] * adam_time / time_taken:.2f} times as fast; its state is "
           f"{state_bytes / adam_bytes:.1f} times Adam's")
     try:
-        picture(target, curves)
         if options.json:
             with open(options.json, "w") as file:
                 json.dump(result, file, indent=2)
-    except OSError as error:
+        picture(target, curves)
+    except (OSError, ValueError) as error:  # a ValueError is matplotlib's, for a kind of picture that it does not know
         parser.error(f"The comparison is done, but could not be written: {error}.")
     print(f"{time.time() - start:.0f} s; picture: {target}")
 

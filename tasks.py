@@ -21,7 +21,7 @@ VALID_EVERY = 10  # inner steps from one inner_valid batch to the next (P2 appen
 
 
 class TaskFamily(NamedTuple):
-    """Those below are made once for the same arguments, so that what is compiled for one is found again."""
+    """Those below, but for `dataset`, are made once for the same arguments, so that what is compiled for one is found again."""
     name: str
     sample: Callable  # sample(key) -> task, a pytree of arrays
     init: Callable    # init(task, key) -> params, a pytree of float32 arrays
@@ -58,7 +58,7 @@ def inner_step(family, optimizer, task, inner, key):
 # ---------------------------------------------------------------- data: letters in the fonts that matplotlib ships
 
 # Classes are split by alphabet (meta-training never sees a held-out letter; Cyrillic letters that look Latin are
-# left out), examples by font (no split sees the fonts of another; each mixes sans, mono and serif, upright and slanted).
+# left out), examples by font (no split sees the fonts of another; each mixes sans and serif, upright and slanted).
 ALPHABETS = {"meta_train": "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
                            "ΓΔΘΛΞΠΣΦΨΩαβγδεζηθικλμνξπρστυφχψω",
              "held_out": "БГДЖЗИЙЛПУФЦЧШЩЪЫЬЭЮЯбвгджзийклмнптфцчшщъыьэюя"}
@@ -619,7 +619,11 @@ def dataset(arrays, net="mlp", width=32, max_batch=64):
     source = {split: "test" if split == "test" else "train" for split in SPLITS}
     seen = np.float64(x["train"][rows["train"]])
     spread = np.broadcast_to(seen.std(0) if seen.ndim == 2 else seen.std(), seen.shape[1:]) + 1e-6  # of an image: one for all pixels
-    center, spread = jnp.float32(seen.mean(0)), jnp.float32(spread)
+    center = seen.mean(0)
+    if any(v.dtype != np.uint8 for v in x.values()):  # other numbers may not fit into float32, or into any type that JAX has
+        x = {part: np.float32((v - center) / spread) for part, v in x.items()}
+        center, spread = np.zeros_like(center), np.ones_like(spread)
+    center, spread = jnp.float32(center), jnp.float32(spread)
     if not classes:
         targets = np.float64(y["train"][rows["train"]])
         y = {part: np.float32((v - targets.mean()) / (targets.std() + 1e-6)) for part, v in y.items()}
@@ -668,7 +672,7 @@ def check_dataset(arrays, net):
             raise ValueError(f"{name} must hold finite numbers; it is of type {a.dtype}" + (" with NaN or infinity." if a.dtype.kind == "f" else "."))
     x, y = ({part: arrays[f"{v}_{part}"] for part in ("train", "test")} for v in "xy")
     for part, least in (("train", 20), ("test", 1)):
-        if x[part].shape[1:] != x["train"].shape[1:] or x[part].ndim not in ((3, 4) if net == "conv" else (2, 3, 4)):
+        if x[part].shape[1:] != x["train"].shape[1:] or x[part].ndim not in ((3, 4) if net == "conv" else (2, 3, 4)) or 0 in x[part].shape[1:]:
             raise ValueError(f"x_{part} has shape {x[part].shape}: a {net} net needs " + ("" if net == "conv" else "rows [n, F] or ")
                              + "images [n, H, W] or [n, H, W, C], the same for training and test.")
         if y[part].shape not in ((len(x[part]),), (len(x[part]), 1)):

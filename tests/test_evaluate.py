@@ -84,6 +84,8 @@ def test_speedup_by_hand():
     adam = np.float64([[[9, 4, 3, 2, 2], [9, 9, 9, 9, 9]], [[9, 8, 8, 8, 8], [9, 5, 4, 3, 2]]])
     np.testing.assert_allclose(evaluate.speedups(learned, adam), [1 / 4, 2])
     np.testing.assert_allclose(evaluate.speedups(adam[:, 1], adam[:, 1:]), [1 / 4, 1])
+    for last in (np.nan, np.inf):  # Adam is down to that at the first look
+        assert evaluate.speedups(np.float64([[9, 2, 7, last, last]]), adam[:1]) == [1 / 4]
 
 
 def curves_of(learned, adam):
@@ -197,6 +199,14 @@ def test_adam_learns_your_own_data(shape, net, dtype, targets):
     assert family.loss((), inner.params, batch) < 0.3 * begin
 
 
+@pytest.mark.parametrize("center, scale, dtype", [(1e12, 1e9, np.int64), (0, 1e39, np.float64), (1.6e9, 100, np.float64), (0, 5, ">f4")])
+def test_your_own_numbers_may_be_of_any_size(center, scale, dtype):
+    x = (center + scale * np.random.default_rng(0).normal(size=(400, 3))).astype(dtype)
+    family = tasks.dataset(my_data((3,), 400) | {"x_train": x, "x_test": x[:20]}, max_batch=4000)
+    inputs = np.array(family.batch((), jax.random.key(0), "train")[0])
+    np.testing.assert_allclose([inputs.mean(), inputs.std()], [0, 1], atol=0.05)
+
+
 def test_the_splits_of_your_own_data_share_no_row():
     arrays = my_data((2,), 60)
     arrays["x_train"] = np.float32(np.arange(60)[:, None] * [1, 0])
@@ -215,7 +225,9 @@ def test_the_command_takes_your_own_data(theta, tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"x_train": None}, "lack x_train"), ({"x_train": np.array(["a"] * 60)}, "finite numbers"),
     ({"x_test": np.full((20, 28, 28), np.nan)}, "NaN"), ({"x_test": np.zeros((20, 27, 28))}, "shape"), ({"x_train": np.zeros(60)}, "shape"),
-    ({"y_train": np.zeros(59, int)}, "one target"), ({"y_test": np.zeros(20)}, "both"), ({"x_train": np.zeros((5, 28, 28)), "y_train": np.arange(5)}, "at least 20"),
+    ({"x_train": np.zeros((60, 28, 0)), "x_test": np.zeros((20, 28, 0))}, "shape"),
+    ({"y_train": np.zeros(59, int)}, "one target"), ({"y_test": np.zeros(20)}, "both"),
+    ({"x_train": np.zeros((5, 28, 28)), "y_train": np.arange(5)}, "at least 20"),
     ({"y_train": 1 + np.arange(60) % 3}, "from 0"), ({"y_test": np.full(20, 3)}, "from 0"), ({"y_train": np.zeros(60, int)}, "from 0")])
 def test_unusable_data_end_in_one_sentence(change, words):
     arrays = {name: a for name, a in (my_data() | change).items() if a is not None}
@@ -229,7 +241,8 @@ def test_user_errors_end_in_one_sentence(theta, tmp_path, monkeypatch, capsys):
     (tmp_path / "foreign.npz").write_bytes(b"PK not really")
     np.savez(tmp_path / "other.npz", x=np.ones(2))
     for arguments in (["--tasks", 3], ["missing.npz"], ["foreign.npz"], ["other.npz"], [theta, "--tasks", 0], [theta, "--horizon", 30],
-                      [theta, "--nonsense"], [theta, "--tasks", "many"], [theta, "--family", "chess"], [theta, "--data", "missing.npz"], [theta, "--data", "other.npz"],
+                      [theta, "--nonsense"], [theta, "--tasks", "many"], [theta, "--family", "chess"], [theta, "--data", "missing.npz"],
+                      [theta, "--data", "other.npz"], [theta, "--seed", 2 ** 31],
                       [theta, "--picture", "no/such/folder/picture.png"], [theta, "--json", "no/such/folder/table.json"]):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:

@@ -112,7 +112,7 @@ def test_splits_share_no_font_and_alphabets_no_letter():
         alphabet, split = name.split("/")
         assert images.shape == (len(tasks.ALPHABETS[alphabet]), 8 * len(tasks.FONTS[split]), 16, 16)
         ink = images.reshape(*images.shape[:2], -1).mean(-1)
-        assert ink.min() > 2 and images.reshape(len(images), -1).std(0).min() >= 0
+        assert ink.min() > 2
 
 
 def test_batches_come_from_their_split_with_the_tasks_noise():
