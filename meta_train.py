@@ -54,7 +54,7 @@ class Settings:
     truncation: int = flag(model.HORIZON, "K, inner steps of one unroll; only K = T leaves backprop without truncation bias")
     num_pairs: int = flag(2, "N, antithetic pairs (of trajectories; without noise each pair is a single one)")
     sigma: float = flag(0.0, "standard deviation of the smoothing noise on theta; all but truncated_backprop need some")
-    adjoint: float = flag(1.0, "largest norm of the signal that backprop sends from one inner step to the one before")
+    adjoint: float = flag(1.0, "largest norm of the signal that backprop sends from one inner step's parameters to those before")
     clip: float = flag(0.3, "largest norm of one trajectory's pathwise gradient")
     learning_rate: float = flag(6e-3, "of the outer Adam at its start")
     decay_steps: float = flag(32.0, "outer steps after which that rate has halved; later it falls like 1 / step")
@@ -73,7 +73,7 @@ MACHINES = [  # flags that are not kept with a run: a resumed one can have other
     ("coordinator", str, "", "address HOST:PORT of process 0, if several processes share the pairs; or auto, where JAX can tell"),
     ("processes", int, None, "how many there are"),
     ("process", int, None, "which one this is, from 0"),
-    ("wait", float, 300.0, "seconds without an answer from the other processes after which this one ends")]
+    ("wait", float, 300.0, "seconds after which this process ends if an outer step, with its compiling, is not over: another may be gone")]
 SPLITS = {"valid": "outer_valid", "train": "train"}  # where the batches of the outer loss come from
 PATIENCE = 100  # outer steps in a row that may come to nothing
 MULTIPLES = 2.0 ** np.arange(-1.5, 0.6, 0.5)  # of the step size, tried by `fit_step_size`
@@ -104,7 +104,7 @@ def outer_loss(loss, start, progress, baseline=None):
     return 10 * progress ** 4 * root
 
 
-CAP = 10 * 10 ** 0.5  # the outer loss of ten times the start, at the end; P1 caps the loss itself at 10
+CAP = 10 * 10 ** 0.5  # the outer loss of ten times the start, at the end (without a baseline); P1 caps the loss itself at 10
 
 
 class Pool(NamedTuple):
@@ -285,10 +285,10 @@ def train(settings, folder, run, programs, wait=300.0):
                     before = time.monotonic()
                     run, row = outer_step(run, key)
                     row = jax.device_get(row) | {"seconds": time.monotonic() - before}
-                row = {"step": row["step"], "family": family, "loss": row["loss"], "smoothed": row["smoothed"]} | row
+                row = {"step": int(row["step"]), "family": family, "loss": row["loss"], "smoothed": row["smoothed"]} | row
                 if not log.tell():
                     csv.writer(log).writerow(row)
-                csv.writer(log).writerow([x if isinstance(x, str) else f"{x:.6g}" for x in row.values()])
+                csv.writer(log).writerow([x if isinstance(x, (str, int)) else f"{x:.6g}" for x in row.values()])
                 if row["step"] == first + 1:
                     print(f"first outer step {time.monotonic() - LAUNCH:.1f} s after launch")
                     start = time.monotonic()
@@ -296,12 +296,14 @@ def train(settings, folder, run, programs, wait=300.0):
                     print_progress(row, settings, (time.monotonic() - start) / max(row["step"] - first - 1, 1))
                 fruitless = 0 if row["gradient"] > 0 else fruitless + 1
                 if fruitless == PATIENCE:
-                    raise ValueError(f"{PATIENCE} outer steps in a row gave no finite loss or gradient; {folder} holds what was "
-                                     "learned before. Begin anew with a lower --learning-rate.")
+                    raise ValueError(f"{PATIENCE} outer steps in a row gave no finite loss or gradient; what {folder} holds is from before "
+                                     "them. Begin anew with a lower --learning-rate.")
             log.flush()
             with together(wait, folder):
                 run = save(settings, folder, run)
         finally:
+            for program in programs.values():
+                program.cancel()  # if it is still to be compiled
             for number, default in defaults.items():
                 signal.signal(number, default)
     if stopped:
@@ -313,10 +315,11 @@ def fit_step_size(settings, theta):
     """Theta with the steps of biases, and then all steps, multiplied by what makes the mean outer loss of fresh meta-training tasks least.
 
     Along the step size, backprop's slope was seen to disagree with finite differences. Two numbers need no gradient: five multiples
-    of each are tried; of all steps' outer losses, parabolas tell the rest. A theta without log_lr can't be fitted.
+    of each are tried; of all steps' outer losses, parabolas tell the rest. A theta without log_lr can't be fitted. The tasks are neither
+    those of `make_pool` nor those of `evaluate.compare`.
     """
     learned = model.LEARNED[settings.optimizer](**sizes(settings))
-    keys = jax.random.split(jax.random.key(2 ** 31 + settings.seed), settings.fit)  # not those of `evaluate.compare`
+    keys = jax.random.split(jax.random.key(2 ** 31 + settings.seed), settings.num_tasks + settings.fit)[settings.num_tasks:]
 
     def trial(theta, logarithm, multiples):
         """Outer losses [tasks, multiples] with that entry of theta raised."""
@@ -405,7 +408,7 @@ def save(settings, folder, run):
         model.write_npz(os.path.join(folder, "checkpoint.npz"), {
             "settings": np.array(json.dumps(dataclasses.asdict(settings))),
             **{f"leaf{i:04}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(run))}})
-        save_theta(settings, folder, run)
+        save_theta(dataclasses.replace(settings, fit=0), folder, run)  # it tells that it is not fitted yet
         draw_curves(folder)
     return run
 
@@ -511,12 +514,15 @@ def parse():
     machines = argparse.Namespace(**{name: given.pop(name) for name, *_ in MACHINES})
     arrays = None
     try:
-        if resume:
+        if resume is not None:
             if folder:
                 raise ValueError("--resume names the folder already; leave --out away.")
             folder, path = resume, os.path.join(resume, "checkpoint.npz")
             arrays = model.read_npz(path)
-            stored = json.loads(str(arrays.get("settings", "{}")))
+            try:
+                stored = dict(json.loads(str(arrays["settings"])))
+            except (KeyError, ValueError, TypeError):
+                stored = {}
             if set(stored) != {field.name for field in dataclasses.fields(Settings)}:
                 raise ValueError(f"{path} is not a checkpoint of this program.")
             for name in given:
@@ -524,8 +530,7 @@ def parse():
                     raise ValueError(f"{folder} was begun with {name} = {stored[name]}, not {given[name]}: "
                                      "resume it without that flag, or start a new run.")
             given = stored | given
-        recipe = RECIPES.get(given.get("estimator", Settings.estimator))
-        settings = Settings(**{**(recipe or {}), **given})
+        settings = Settings(**RECIPES.get(given.get("estimator", Settings.estimator), {}) | given)
         check(settings)
         check_machines(machines)
         folder = folder or time.strftime("runs/%Y%m%d-%H%M%S")
@@ -561,6 +566,9 @@ def check(settings):
                  "decay_steps"):
         if not getattr(settings, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(settings, name)}.")
+    for name in ("seed", "outer_steps"):
+        if abs(getattr(settings, name)) >= 2 ** 31:
+            raise ValueError(f"--{name.replace('_', '-')} must be smaller than 2^31, not {getattr(settings, name)}.")
     for name in ("num_tasks", "fit"):
         if getattr(settings, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be negative, it is {getattr(settings, name)}.")
@@ -570,7 +578,8 @@ def check(settings):
         raise ValueError(f"--horizon must be a multiple of --truncation and of {evaluate.EVERY}, "
                          f"not {settings.horizon} with {settings.truncation}.")
     if not settings.sigma >= 0 or settings.estimator != "truncated_backprop" and not settings.sigma:
-        raise ValueError(f"--sigma must be positive for {settings.estimator}, not {settings.sigma}.")
+        least = "at least 0" if settings.estimator == "truncated_backprop" else "positive"
+        raise ValueError(f"--sigma must be {least} for {settings.estimator}, not {settings.sigma}.")
 
 
 def main():
@@ -606,7 +615,7 @@ def main():
         print("stopped; " + (f"python meta_train.py --resume {folder} goes on from the last save"
                              if os.path.exists(os.path.join(folder, "checkpoint.npz")) else "nothing was saved yet"))
     except (OSError, ValueError) as error:
-        parser.error(f"{error}")
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -156,22 +156,25 @@ def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monk
     (tmp_path / "foreign").mkdir()
     (tmp_path / "damaged" / "checkpoint.npz").write_bytes((whole[0] / "checkpoint.npz").read_bytes()[:5000])
     np.savez(tmp_path / "foreign" / "checkpoint.npz", x=np.ones(3))
+    (tmp_path / "stranger").mkdir()
+    np.savez(tmp_path / "stranger" / "checkpoint.npz", settings=np.array(5))
     shutil.copytree(whole[0], tmp_path / "older")  # a checkpoint of another layout: one array less
     arrays = model.read_npz(tmp_path / "older" / "checkpoint.npz")
     np.savez(tmp_path / "older" / "checkpoint.npz", **{name: x for name, x in arrays.items() if name != "leaf0007"})
     log = (tmp_path / "older" / "log.csv").read_bytes()
     before = sorted(os.listdir(tmp_path))
-    for arguments in (["--nonsense"], ["--tasks", "mlp,chess"], ["--tasks", "mlp,mlp"], ["--tasks", ""], ["--optimizer", "adam"], ["--output", "relu"], ["--estimator", "rtrl"], ["--target", "test"],
-                      ["--outer-steps", "many"], ["--outer-steps", 0], ["--minutes", -1], ["--minutes", "nan"],
+    for arguments in (["--nonsense"], ["--tasks", "mlp,chess"], ["--tasks", "mlp,mlp"], ["--tasks", ""], ["--optimizer", "adam"], ["--output", "relu"],
+                      ["--estimator", "rtrl"], ["--target", "test"], ["--seed", 10 ** 20],
+                      ["--outer-steps", "many"], ["--outer-steps", 0], ["--outer-steps", 2 ** 31], ["--minutes", -1], ["--minutes", "nan"],
                       ["--horizon", 30, "--truncation", 30], ["--horizon", 400, "--truncation", 300],
                       ["--estimator", "pes", "--sigma", 0], ["--sigma", -1], ["--num-pairs", 0], ["--estimator", "merged", "--num-pairs", 1],
                       ["--clip", 0], ["--fit", -1], ["--decay-steps", "nan"], ["--compare", 3],
                       ["--out", whole[0]], ["--out", tmp_path / "file"], ["--out", tmp_path / "file" / "run"], ["--out", "/proc/run"],
                       ["--resume", tmp_path / "nowhere"], ["--resume", tmp_path / "empty"],
-                      ["--resume", tmp_path / "damaged"], ["--resume", tmp_path / "foreign"],
+                      ["--resume", tmp_path / "damaged"], ["--resume", tmp_path / "foreign"], ["--resume", tmp_path / "stranger"], ["--resume", ""],
                       ["--resume", whole[0], "--seed", 4], ["--resume", whole[0], "--estimator", "es"],
                       ["--resume", whole[0], "--out", tmp_path / "other"], ["--resume", tmp_path / "older"]):
-        monkeypatch.setattr(sys, "argv", ["meta_train.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["meta_train.py", "--devices", "2", *map(str, arguments)])  # as JAX has here
         with pytest.raises(SystemExit) as stopped:
             meta_train.main()
         sentence = capsys.readouterr().err.strip().splitlines()[-1]
