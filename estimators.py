@@ -10,11 +10,12 @@ K steps (`truncation`) of N antithetic pairs of trajectories (`num_pairs`). For 
     es                   w = 0, earlier truncations dropped
     merged               w by inverse variance, earlier truncations dropped (P1)
     pes                  w = 0, earlier truncations kept (P3)
-    combined             w by inverse variance, earlier truncations kept
+    combined             w by inverse variance, earlier truncations kept, there with dL - 2 eps.(w rp) in place of dL
 
 where dL = L(theta + eps) - L(theta - eps), L is the mean loss of the truncation, rp its pathwise gradient,
 eps ~ N(0, sigma^2), and xi the sum of the trajectory's earlier perturbations. Those that drop earlier truncations are
-biased when K < T. Both signs of a pair share everything random: task, initialisation, batches. P1: Metz et al. 2019,
+biased when K < T. All raise ValueError if K does not divide T; a loss that is not finite or not below `cap` counts as `cap`.
+Both signs of a pair share everything random: task, initialisation, batches. P1: Metz et al. 2019,
 section 3. P3: Vicol et al. 2021, arXiv 2112.13835.
 
 Starts are staggered, so that the pairs together cover all parts of an episode: a trajectory's first episode is cut short,
@@ -36,13 +37,13 @@ class InnerProblem(NamedTuple):
 
 class Estimator(NamedTuple):
     init: Callable      # init(theta, key) -> particles
-    estimate: Callable  # estimate(theta, particles, key) -> (gradient, particles, metrics)
+    estimate: Callable  # estimate(theta, particles, key) -> (gradient, particles, metrics: mean loss, numbers of capped losses and dropped gradients)
 
 
 class Particle(NamedTuple):
     """One antithetic pair of trajectories."""
-    state: Any    # of the inner problem at the end of the last truncation; [2, ...], one for each sign, in pes and combined
-    xi: Any       # [P], sum of the perturbations since the reset (pes, combined), or () (the others)
+    state: Any    # of the inner problem at the end of the last truncation; [2, ...], one for each sign, in pes, merged and combined
+    xi: Any       # [P], sum of the perturbations since the reset (pes, combined; zeros in merged), or () (the others)
     t: jax.Array  # steps since the reset; from T on, the next truncation begins with a reset and T is taken off
 
 
@@ -56,7 +57,7 @@ class Variances(NamedTuple):
 class Particles(NamedTuple):
     """What an estimator carries from one estimate to the next."""
     pairs: Particle  # N of them, stacked
-    variances: Any   # combined's weights come from them; () for the others
+    variances: Any   # combined's weights come from them, merged keeps them unread; () for the others
 
 
 def truncated_backprop(problem, *, num_pairs, truncation, horizon, sigma=0.0, cap=10.0, clip=jnp.inf):
@@ -124,7 +125,8 @@ def combined(problem, *, num_pairs, truncation, horizon, sigma, cap=10.0, clip=j
     The part of dL that w rp explains, 2 eps.(w rp), tells nothing of the past, so the history term goes without it (a
     control variate, after P3's PES-Analytic). That keeps the mean exactly where the loss's curvature in theta does not
     depend on the state; elsewhere it moves by an amount of order sigma^2, as smoothing itself does.
-    ValueError for fewer than two pairs, whose variance can't be told.
+    ValueError for fewer than two pairs, whose variance can't be told. Metrics also hold the mean weight and the terms' variances.
+    A meta-parameter that backprop is kept from (`model.paces` does so) has rp = 0 without variance: w is 1, and nothing of ES is left.
     """
     if num_pairs < 2:
         raise ValueError(f"inverse-variance weights need at least 2 pairs, not {num_pairs}")
@@ -171,7 +173,7 @@ merged = functools.partial(combined, history=False, running=False)  # P1's estim
 def bounded_adjoint(x, bound):
     """x itself; but the gradient that backprop sends back through it has a norm of at most `bound`, and is 0 if not finite.
 
-    Put on the state of an unroll at each step, it stops the signal from growing from step to step (P1 section 2.3, the
+    Put on what goes from step to step of an unroll (arrays of floats only), it stops the signal from growing from step to step (P1 section 2.3, the
     product of Hessians) where that happens, and changes nothing elsewhere. Clipping the finished gradient is too late:
     by then the exploded part has drowned the rest.
     """
@@ -201,7 +203,7 @@ def make_unroll(problem, truncation, horizon, cap):
     """unroll(theta, state, t, key) -> (mean loss of K steps, (state, number of capped losses)); starts over if t is T.
 
     A loss that is not finite, or above `cap`, counts as `cap` and carries no gradient (P1 section 4). In the backward
-    pass each step is computed again from its state instead of being stored.
+    pass each step is computed again from its state; only that and its random bits are stored.
     """
     def unroll(theta, state, t, key):
         reset_key, key = jax.random.split(key)
@@ -257,7 +259,8 @@ def over_pairs(pair, problem, num_pairs, truncation, horizon, cap, persistent=Fa
 
 
 def sharding(n, alone=False):
-    """How to lay out n rows over as many devices as divide n: the same number from each process; `alone`, from this one only."""
+    """How to lay out n rows over as many devices as divide n: the same number from each process; `alone`, from this one only.
+    n must be a multiple of the number of processes."""
     processes = [jax.local_devices()] if alone else [jax.local_devices(i) for i in range(jax.process_count())]
     share = max(d for d in range(1, len(processes[0]) + 1) if n % (d * len(processes)) == 0)
     devices = [device for process in processes for device in process[:share]]

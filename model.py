@@ -98,9 +98,9 @@ def adam8p(learning_rate, b1, b2, eps, l1, l2, linear, exponential):
     return Optimizer(unit.init, update)
 
 
-# ---------------------------------------------------------------- what both learned optimizers are made of
+# ---------------------------------------------------------------- what the learned optimizers are made of
 
-DECAYS = np.float32([0.5, 0.9, 0.99, 0.999, 0.9999])[:, None]  # of the running averages of g and g^2 (P1, P2)
+DECAYS = np.float32([0.5, 0.9, 0.99, 0.999, 0.9999])[:, None]  # of the running averages of g (P1, P2) and g^2 (P2)
 B1, B2 = 1, 3                                                    # Adam's two among them
 ODD = 2 + 2 * len(DECAYS)  # features that change sign with the gradient and the parameter; they come first
 
@@ -152,7 +152,7 @@ def normalised(x, seen):
     given, an approximation that makes it faster by a tenth.
     """
     seen = seen.astype(x.dtype)
-    power = jax.lax.stop_gradient(x * x) @ seen / (jnp.vecdot(seen, seen) + 1e-8)  # [F]; a sum takes more of XLA's programs
+    power = jax.lax.stop_gradient(x * x) @ seen / (jnp.vecdot(seen, seen) + 1e-8)  # [F]
     return jnp.clip(x * jax.lax.rsqrt(1e-5 + power)[:, None], -5, 5)
 
 
@@ -162,7 +162,7 @@ def parameter_features(g, w, m, v):
 
 
 def dense_init(key, name, inputs, outputs):
-    """A layer's meta-parameters before `scaled`: weights of standard deviation 1, zero biases."""
+    """A layer's meta-parameters before `scaled`: weights of standard deviation 0.88 (a normal cut off at +-2), zero biases."""
     return {f"{name}/w": jax.random.truncated_normal(key, -2, 2, (inputs, outputs)), f"{name}/b": jnp.zeros(outputs)}
 
 
@@ -186,7 +186,8 @@ def joined(*parts):
 
 
 def step_init(key, hidden, own, anchored):
-    """The output layer. Anchored, it starts at zero: an untrained optimizer is Adam at a learning rate of 0.01, but for `paces`."""
+    """The output layer. Anchored, it starts at zero: an untrained optimizer is Adam at a learning rate of 0.01, but for `paces`
+    and, in `hierarchical`, the clipping of gradients and `remember`."""
     if anchored:
         return {"step/w": jnp.zeros((hidden, 2)), "direct/d": jnp.zeros(ODD), "direct/a": jnp.zeros(own),
                 "log_lr": jnp.float32(np.log(0.01)), "log_bias": jnp.float32(0)}
@@ -279,7 +280,7 @@ def memory_init(params):
 
 @functools.cache
 def per_parameter_mlp(hidden=32, layers=1, rms=True, anchored=True, horizon=HORIZON):
-    """P1's optimizer (its released code; `layers=2` is the later LOLv2): features of one parameter and the time go
+    """P1's optimizer (its released code; `layers=2` is as deep as the later LOLv2): features of one parameter and the time go
     through `layers` hidden layers of `hidden` units to a direction and a magnitude, with the same weights everywhere.
     Without `rms` no feature knows of g^2, as in P1; with it and two layers it is the MLP that P2 compares with (appendix F.1).
     `horizon` is the number of steps that a training takes, see `relative` and `paces`.
@@ -294,7 +295,7 @@ def per_parameter_mlp(hidden=32, layers=1, rms=True, anchored=True, horizon=HORI
     def optimizer(theta):
         theta = scaled(theta)
 
-        def update(grads, memory, params, *, loss=None, valid_loss=None, **extra):
+        def update(grads, memory, params, **extra):
             w, unravel = ravel_pytree(params)
             g, _ = ravel_pytree(grads)
             m, v, t = averages(memory.m, g), averages(memory.v, g * g), memory.t + 1
@@ -441,8 +442,8 @@ class HierarchicalState(NamedTuple):
     context: jax.Array    # [18], all LSTMs to each
     train: LossAverage
     valid: LossAverage
-    record: Record
-    size: jax.Array       # running root mean square of the gradients
+    record: Record        # or () where the output is not anchored
+    size: jax.Array       # running average of the root of the mean over tensors of their gradients' mean squares
 
 
 FEEDBACK, CONTEXT, CONDITION = 16, 18, 17  # sizes of P2's three messages: MLP to LSTM, LSTM to LSTM, LSTM to MLP
@@ -624,5 +625,5 @@ def read_npz(path):
             return dict(file)
     except FileNotFoundError:
         raise ValueError(f"There is no file {path}.") from None
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or not an .npz file ({error}).") from None

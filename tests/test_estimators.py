@@ -21,9 +21,9 @@ def flat(theta):
     return jnp.concatenate([theta["a"], theta["b"][None]])
 
 
-def quadratic(theta_start=True):
+def quadratic():
     def reset(theta, key):
-        return flat(theta)[:2] if theta_start else jnp.ones(2)  # the start is learned too
+        return flat(theta)[:2]  # the start is learned too
 
     def step(theta, state, key):
         state = A @ state + B @ flat(theta)
@@ -32,19 +32,14 @@ def quadratic(theta_start=True):
     return InnerProblem(reset, step)
 
 
-def losses_and_gradients(theta, steps):
-    """Loss and exact gradient (float64, forward sensitivities) of each step of an episode."""
-    s, ds = theta[:2].copy(), np.eye(3)[:2]
-    losses, gradients = [], []
-    for _ in range(steps):
-        s, ds = A @ s + B @ theta, A @ ds + B
-        losses.append(0.5 * s @ s + C @ s)
-        gradients.append((s + C) @ ds)
-    return np.array(losses), np.array(gradients)
-
-
 def truth():
-    return losses_and_gradients(np.float64([0.4, -0.7, 0.5]), T)[1].mean(0)
+    """The exact gradient of the episode (float64, forward sensitivities)."""
+    theta = np.float64([0.4, -0.7, 0.5])
+    s, ds, gradients = theta[:2].copy(), np.eye(3)[:2], []
+    for _ in range(T):
+        s, ds = A @ s + B @ theta, A @ ds + B
+        gradients.append((s + C) @ ds)
+    return np.mean(gradients, 0)
 
 
 def draws(estimator, count, theta=THETA, warm=T):
@@ -180,12 +175,21 @@ def test_both_signs_share_everything_random():
 
     problem = InnerProblem(lambda theta, key: jax.random.normal(key), step)
     theta = {"x": jnp.zeros(3)}
-    for make in (estimators.es, estimators.pes):
+    for make in (estimators.es, estimators.pes, estimators.combined):
         estimator = make(problem, num_pairs=3, truncation=4, horizon=8, sigma=0.1)
         particles = estimator.init(theta, jax.random.key(0))
         for i in range(3):
             gradient, particles, _ = jax.jit(estimator.estimate)(theta, particles, jax.random.key(i))
             assert (np.array(gradient["x"]) == 0).all()
+
+
+def test_smoothed_backprop_of_a_linear_loss_is_that_without_noise():
+    """Both signs, and the unroll without noise, meet the same keys."""
+    problem = InnerProblem(lambda theta, key: jnp.float32(0), lambda theta, s, key: (s, theta["x"] * jax.random.normal(key)))
+    theta, options = {"x": jnp.float32(0)}, dict(num_pairs=3, truncation=4, horizon=4, cap=1e6)
+    found = [e.estimate(theta, e.init(theta, jax.random.key(0)), jax.random.key(1))[0]["x"]
+             for e in (estimators.truncated_backprop(problem, sigma=sigma, **options) for sigma in (0.0, 0.1))]
+    np.testing.assert_allclose(*found, rtol=1e-5)
 
 
 def test_bad_losses_are_capped_and_counted_and_leave_theta_finite():

@@ -538,3 +538,70 @@ def test_load_refuses_other_files(tmp_path):
     model.save(path, "hierarchical", theta, sizes={"hidden": 5})
     with pytest.raises(ValueError, match="do not fit"):
         model.load(path)
+
+
+def test_the_hierarchical_optimizer_against_a_plain_loop_over_tensors():
+    """Every message and feature written out in float64, from the list in `model.hierarchical`; beyond the horizon the LSTM rests."""
+    learned, horizon, sigmoid = model.hierarchical(lstm=4, hidden=3, horizon=3), 3, lambda x: 1 / (1 + np.exp(-x))
+    theta = learned.init(jax.random.key(0))
+    theta = {k: x + 0.1 * jax.random.normal(jax.random.key(i), x.shape) for i, (k, x) in enumerate(theta.items())}
+    theta["clip/log_multiple"] = jnp.float32(-1)  # low enough to clip
+    T = {k: np.float64(x) / (np.sqrt(len(x)) if k.endswith("/w") and k != "step/w" else 1) for k, x in theta.items()}
+    names, losses, valid_losses = sorted(SHAPES), [1.0, 0.9, 1.2, 0.8, 0.7], [1.1, 1.0, 1.3, 1.2, 1.1]
+    update, decays = jax.jit(learned.optimizer(theta).update), np.array([0.5, 0.9, 0.99, 0.999, 0.9999])[:, None]
+    params, state = tree(0), learned.optimizer(theta).init(tree(0))
+    average = lambda x: x.mean(-1) if x.shape[-1] else np.zeros(x.shape[:-1])
+    log_size = lambda x: np.clip(np.log(1e-8 + np.abs(x)), -5, 5)
+    m, v = ({k: np.zeros((5, tree(0)[k].size)) for k in names} for _ in range(2))
+    h, c, feedback = ({k: T[f"initial/{x}"] for k in names} for x in ("h", "c", "feedback"))
+    context, rate, size = T["initial/context"], np.exp(T["clip/log_rate"]), np.exp(T["clip/log_rate"])
+    mean, variance, valid = 0.0, 0.0, 0.0
+    for t, (loss, valid_loss) in enumerate(zip(losses, valid_losses), 1):
+        updates, state = update(tree(t), state, params, loss=loss, valid_loss=valid_loss)
+        limit = np.exp(T["clip/log_multiple"]) * size / (1 - (1 - rate) ** t)
+        grads = {k: np.clip(np.ravel(np.float64(x)), -limit, limit) for k, x in tree(t).items()}
+        size = (1 - rate) * size + rate * np.sqrt(1e-8 + np.mean([average(g * g) for g in grads.values()]))
+        mean, valid = 0.9 * mean + 0.1 * loss, 0.8 * valid + 0.2 * valid_loss
+        variance = 0.9 * variance + 0.1 * (mean - loss) ** 2
+        seen, clock = 1 - 0.9 ** t, min(t, horizon) * 400 / horizon
+        score = lambda x: np.clip((x - mean / seen) / np.sqrt(variance / seen + 1e-8), -5, 5)
+        surprises, told = [score(loss), score(valid / (1 - 0.8 ** t))], []
+        for k in names:
+            g, w, shape = grads[k], np.ravel(np.float64(params[k])), SHAPES[k]
+            m[k], v[k] = decays * m[k] + (1 - decays) * g, decays * v[k] + (1 - decays) * g * g
+            adam = m[k] / (1 - decays ** t) / (np.sqrt(v[k][3] / (1 - 0.999 ** t)) + 1e-8)
+            statistics = [average(np.ravel(x)) for x in (m[k], v[k], w)]
+            spreads = [average((np.ravel(x) - y) ** 2) for x, y in zip((m[k], v[k], w), statistics)]
+            noise = ((1 - decays) / (1 + decays) * (1 + decays ** t) / (1 - decays ** t))[:, 0]
+            cues = [*surprises, *(10 * np.log10(average(adam ** 2) / noise + 0.1)), 0.0]  # no parameter is at rest
+            x = np.concatenate([
+                log_size(np.array([*statistics, *spreads, np.linalg.norm(w), np.linalg.norm(g)])), np.sign(statistics),
+                [1 if shape == () else -1], np.log([max(n, 1) for n in (*shape, 1, 1, 1, 1)[:4]]) - 1,
+                np.array(cues[2:7]) / 10, [0.0], surprises, context, feedback[k], h[k]])
+            i, candidate, f, o = np.split(x @ T["lstm/w"] + T["lstm/b"], 4)
+            if t <= horizon:
+                c[k] = sigmoid(f + 1) * c[k] + sigmoid(i) * np.tanh(candidate)
+                h[k] = sigmoid(o) * np.tanh(c[k])
+            told.append(h[k] @ T["context/w"] + T["context/b"])
+            if not g.size:
+                feedback[k] = T["feedback/b"]
+                continue
+            own = np.concatenate([[g, w], m[k], m[k] / np.sqrt(v[k] + 1e-6), [np.log(np.abs(w) + 1e-8)], v[k], 1 / np.sqrt(v[k] + 1e-6)])
+            own = np.clip(own / np.sqrt(1e-5 + average(own ** 2))[:, None], -5, 5)
+            shared = np.concatenate([h[k] @ T["condition/w"] + T["condition/b"],
+                                     [np.log(len(names)) - 1, np.log(np.linalg.norm(w)), np.log(len(w))],
+                                     np.sin(clock / (np.pi * np.array([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])))])
+            hidden = np.concatenate([own, np.tile(shared[:, None], len(w))])
+            for layer in ("mlp0", "mlp1"):
+                hidden = np.maximum(T[f"{layer}/w"].T @ hidden + T[f"{layer}/b"][:, None], 0)
+            feedback[k] = average(hidden) @ T["feedback/w"] + T["feedback/b"]
+            times = np.tanh(clock / np.array([10, 30, 100, 300, 1000, 3000]) - 1)
+            steer = np.concatenate([h[k], times, cues]) @ T["steer"]
+            d, a = T["step/w"].T @ hidden
+            d = d - d.mean() + (T["direct/d"] + np.tanh(steer[1:])) @ own[:12]
+            a = a + T["direct/a"] @ own + steer[0]
+            pace = (min(1, 32 / np.prod(shape[:-1])) if len(shape) > 1 else np.exp(T["log_bias"])) / max(t / horizon, 1) ** 2
+            wanted = -pace * np.exp(T["log_lr"] + np.minimum(a, 1)) * (adam[1] + d)
+            np.testing.assert_allclose(np.ravel(updates[k]), wanted, rtol=2e-3, atol=2e-5)
+        context = np.mean(told, 0)
+        params = jax.tree.map(jnp.add, params, updates)
