@@ -163,7 +163,8 @@ def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monk
     np.savez(tmp_path / "older" / "checkpoint.npz", **{name: x for name, x in arrays.items() if name != "leaf0007"})
     log = (tmp_path / "older" / "log.csv").read_bytes()
     before = sorted(os.listdir(tmp_path))
-    for arguments in (["--nonsense"], ["--tasks", "mlp,chess"], ["--tasks", "mlp,mlp"], ["--tasks", ""], ["--optimizer", "adam"], ["--output", "relu"],
+    for arguments in (["--nonsense"], ["--tasks", "mlp,chess"], ["--tasks", "mlp,mlp"], ["--tasks", ""], ["--optimizer", "adam"],
+                      ["--output", "relu"],
                       ["--estimator", "rtrl"], ["--target", "test"], ["--seed", 10 ** 20],
                       ["--outer-steps", "many"], ["--outer-steps", 0], ["--outer-steps", 2 ** 31], ["--minutes", -1], ["--minutes", "nan"],
                       ["--horizon", 30, "--truncation", 30], ["--horizon", 400, "--truncation", 300],
