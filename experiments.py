@@ -496,7 +496,7 @@ def adaptation(seed, path, count=4, horizon=400):
     (learned, theta), rates, rows = model.load(path, horizon), np.float32(10.0 ** np.linspace(-4, -0.5, 8)), []
     keys = jax.random.split(jax.random.key(seed), count)
     sweeps = {"width": ((4, 8, 16, 32, 64, 128), (8, 32)), "batch size": ((2, 8, 32, 64, 256), (8, 64)),
-              "training images": ((50, 100, 200, 500, 1000), (500, 1040))}
+              "training images": ((50, 100, 200, 500, 1000), (560, 1040))}
     for panel, (values, _) in sweeps.items():
         for value in values:
             data = letter_data(value if panel == "training images" else 500, seed)

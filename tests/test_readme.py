@@ -1,4 +1,5 @@
 """The README's snippets run, and what it says of the shipped optimizers is what they say of themselves."""
+import csv
 import dataclasses
 import os
 import re
@@ -50,3 +51,13 @@ def test_the_shipped_optimizers_are_of_the_commands_that_stand_there():
     for path in (evaluate.PRETRAINED, evaluate.PRETRAINED_MLP):
         facts = model.about(path)
         assert sum(settings.items() <= facts.items() for settings in asked) == 1
+
+
+def test_the_numbers_for_held_out_kinds_are_those_of_the_table():
+    with open(os.path.join(ROOT, "figures", "generalisation.csv")) as file:
+        rows = list(csv.DictReader(file))
+    kinds = {row["x"]: float(row["y"]) for row in rows if row["line"] == "held-out kinds"}
+    assert set(kinds) == set(evaluate.KINDS) and all(row["diverged"] == "0" for row in rows)
+    for name, value in kinds.items():
+        stated = re.search(rf"([\d.]+) \(`{name}`", README)[1]
+        assert stated == f"{value:.{len(stated.split('.')[1])}f}"
