@@ -56,12 +56,13 @@ def test_curves_are_kept_by_content(tmp_path, monkeypatch):
     """The same program on the same numbers is read back; other rates, tasks or steps are not; a damaged copy is made again."""
     monkeypatch.setattr(evaluate.matplotlib, "get_cachedir", lambda: str(tmp_path))
     rates, keys = jnp.float32([0.01, 0.1]), jax.random.split(jax.random.key(0), 2)
-    family = tasks.function()
+    family = tasks.TaskFamily("bowl", lambda key: jax.random.normal(key, (3,)), lambda task, key: {"x": task},
+                              lambda task, key, split: jax.random.normal(key, (3,)), lambda task, p, b: jnp.sum((p["x"] - 0.1 * b) ** 2))
     curves = evaluate.kept_curves(family, model.adam, rates, keys, 20)
     np.testing.assert_array_equal(curves, evaluate.learning_curves(family, model.adam, rates, keys, 20))
     (path,) = tmp_path.iterdir()
     model.write_npz(path, {"curves": curves + 1})
-    np.testing.assert_array_equal(evaluate.kept_curves(tasks.function(), model.adam, rates, keys, 20), curves + 1)
+    np.testing.assert_array_equal(evaluate.kept_curves(family, model.adam, rates, keys, 20), curves + 1)
     path.write_bytes(path.read_bytes()[:100])
     np.testing.assert_array_equal(evaluate.kept_curves(family, model.adam, rates, keys, 20), curves)
     for others in ((model.adam, 2 * rates, keys, 20), (model.adam, rates, keys[::-1], 20), (model.rmsprop, rates, keys, 20),

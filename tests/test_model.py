@@ -509,8 +509,7 @@ def test_save_and_load(tmp_path):
     model.save(path, "hierarchical", theta, sizes={"lstm": 8, "hidden": 4}, trained_on="mlp", steps=7)
     again, loaded = model.load(path)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, theta, loaded))
-    one, two = (run(x.optimizer(theta), 3) for x in (learned, again))
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, one, two))
+    assert again is learned  # it is made once for the same sizes
     assert model.load(path, horizon=1600)[0] is model.hierarchical(lstm=8, hidden=4, horizon=1600)
     assert model.about(path) | {"steps": 7, "trained_on": "mlp"} == model.about(path)
 
