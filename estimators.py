@@ -173,9 +173,9 @@ merged = functools.partial(combined, history=False, running=False)  # P1's estim
 def bounded_adjoint(x, bound):
     """x itself; but the gradient that backprop sends back through it has a norm of at most `bound`, and is 0 if not finite.
 
-    Put on what goes from step to step of an unroll (arrays of floats only), it stops the signal from growing from step to step (P1 section 2.3, the
-    product of Hessians) where that happens, and changes nothing elsewhere. Clipping the finished gradient is too late:
-    by then the exploded part has drowned the rest.
+    Put on what goes from step to step of an unroll (arrays of floats only), it stops the signal from growing on its way (P1
+    section 2.3, the product of Hessians) where that happens, and changes nothing elsewhere. Clipping the finished gradient is
+    too late: by then the exploded part has drowned the rest.
     """
     return x
 

@@ -115,7 +115,8 @@ def test_ctrl_c_and_a_scheduler_save_and_leave_and_meanwhile_no_other_run_may(nu
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped" in out and "Traceback" not in err
-    assert model.about(folder / "theta.npz")["outer_steps_done"] == steps_logged(folder)[-1]
+    about = model.about(folder / "theta.npz")
+    assert about["outer_steps_done"] == steps_logged(folder)[-1] and about["fit"] == 0  # it says that it is not fitted yet
 
 
 def test_a_full_disk_ends_the_run_but_not_the_last_save(whole, tmp_path):
@@ -431,8 +432,25 @@ def test_the_fit_slows_down_what_is_far_too_fast_and_compiles_once():
     assert evaluate.learning_curves._cache_size() == compiled
 
 
+def test_the_fit_meets_no_task_of_the_pool(monkeypatch):
+    met = []
+
+    def level(family, make_optimizer, hyper, keys, horizon):
+        met.append({x.tobytes() for x in np.array(jax.random.key_data(keys))})
+        return np.ones((len(keys), len(jax.tree.leaves(hyper)[0]), 2, 2))
+
+    monkeypatch.setattr(evaluate, "learning_curves", level)
+    monkeypatch.setattr(evaluate, "kept_curves", level)
+    settings = meta_train.Settings(tasks="function", num_tasks=4, fit=3, horizon=20, truncation=20)
+    meta_train.make_pool(settings, tasks.function())
+    meta_train.fit_step_size(settings, model.hierarchical().init(jax.random.key(0)))
+    pool, *fits = met
+    assert len(pool) == 4 and [len(fit) for fit in fits] == [3, 3] and not pool & set.union(*fits)
+
+
 def test_the_fit_multiplies_the_step_size_and_nothing_else(whole):
     folder, out = whole
+    assert model.about(folder / "theta.npz")["fit"] > 0
     multiples = re.search(r"steps of biases multiplied by (\S+), then all by (\S+)\n", out).groups()
     stored = model.read_npz(folder / "checkpoint.npz")
     learned, theta = model.load(folder / "theta.npz")
