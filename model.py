@@ -102,7 +102,7 @@ def adam8p(learning_rate, b1, b2, eps, l1, l2, linear, exponential):
 
 DECAYS = np.float32([0.5, 0.9, 0.99, 0.999, 0.9999])[:, None]  # of the running averages of g (P1, P2) and g^2 (P2)
 B1, B2 = 1, 3                                                    # Adam's two among them
-ODD = 2 + 2 * len(DECAYS)  # features that change sign with the gradient and the parameter; they come first
+ODD = 2 + 2 * len(DECAYS)  # features of P1 that change sign with the gradient and the parameter; they come first
 
 
 HORIZON = 400  # steps of a training, where nothing else is said; what features see as one
@@ -185,11 +185,11 @@ def joined(*parts):
     return jax.lax.optimization_barrier(jnp.concatenate(parts, 1))
 
 
-def step_init(key, hidden, own, anchored):
+def step_init(key, hidden, own, anchored, odd=ODD):
     """The output layer. Anchored, it starts at zero: an untrained optimizer is Adam at a learning rate of 0.01, but for `paces`
     and, in `hierarchical`, the clipping of gradients and `remember`."""
     if anchored:
-        return {"step/w": jnp.zeros((hidden, 2)), "direct/d": jnp.zeros(ODD), "direct/a": jnp.zeros(own),
+        return {"step/w": jnp.zeros((hidden, 2)), "direct/d": jnp.zeros(odd), "direct/a": jnp.zeros(own),
                 "log_lr": jnp.float32(np.log(0.01)), "log_bias": jnp.float32(0)}
     return {"step/w": jax.random.truncated_normal(key, -2, 2, (hidden, 2)) / np.sqrt(hidden), "step/b": jnp.zeros(2)}
 
@@ -216,7 +216,7 @@ def step(theta, h, features, adam_direction, pace, steer=None):
 
     The papers' form is 0.001 d exp(0.001 a), with d and a linear in h. The anchored form, this project's departure,
     scales and bends Adam's step: pace lr exp(min(a, 1)) (m_hat / sqrt(v_hat) + d), see `paces`. There d and a also read the
-    features directly, so that a weight decay or another momentum is learned in a few steps; `steer` [1 + ODD] adds to a
+    features directly, so that a weight decay or another momentum is learned in a few steps; `steer` [1 + odd] adds to a
     and, within +-1, to the weights of what d reads. What h adds to d has mean zero, and what d reads directly changes sign
     with the gradient and the parameter: pushing a whole tensor one way kills ReLU units, which costs much later and shows in
     no derivative. Hence the limit of 1 on a, too.
@@ -227,7 +227,7 @@ def step(theta, h, features, adam_direction, pace, steer=None):
     direct, bias = theta["direct/d"], 0.0
     if steer is not None:
         direct, bias = direct + jnp.tanh(steer[1:]), steer[0]
-    weights = jnp.stack([jnp.pad(direct, (0, len(features) - ODD)), theta["direct/a"]])  # one product is faster than two
+    weights = jnp.stack([jnp.pad(direct, (0, len(features) - len(direct))), theta["direct/a"]])  # one product is faster than two
     bend, scale = weights @ features
     push = adam_direction + d - theta["step/w"][:, 0] @ mean(h) + bend
     return -pace * jnp.exp(theta["log_lr"] + jnp.minimum(a + scale + bias, 1.0)) * push
@@ -240,6 +240,23 @@ def directions(m, v, t):
     """
     m_hat, v_hat = m / (1 - DECAYS ** t), v[B2:B2 + 1] / (1 - DECAYS[B2, 0] ** t)
     return m_hat / (jnp.sqrt(v_hat + 1e-30) + 1e-8)
+
+
+def orthogonal(x, shape):
+    """The matrix nearest to x [n] whose singular values are all one, roughly: x is taken as a matrix, of a column for each entry of the
+    last dimension of `shape`. Zero for vectors and scalars.
+
+    Muon's direction (Jordan et al. 2024): two rounds of its polynomial take singular values from 0.05 to 1 of the norm to 0.6 to 1.2.
+    """
+    if len(shape) < 2:
+        return jnp.zeros_like(x)
+    x = x.reshape(-1, shape[-1]) * jax.lax.rsqrt(jnp.sum(x * x) + 1e-12)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(2):
+        a = x @ x.T
+        x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+    return (x.T if tall else x).ravel()
 
 
 def tensor_means(g, w, m, v, directions, sizes):
@@ -463,7 +480,8 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=HORIZON):
     validation loss that has clearly risen ends the training: back to the parameters where it was best, see `remember`.
     """
     timescales = np.float32([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])
-    own = ODD + 1 + 2 * len(DECAYS)  # features of a parameter; what all parameters of a tensor share enters as a bias
+    odd = ODD + anchored  # the papers' form has no orthogonal momentum
+    own = odd + 1 + 2 * len(DECAYS)  # features of a parameter; what all parameters of a tensor share enters as a bias
     shared = CONDITION + 3 + len(timescales)
 
     def init(key):
@@ -475,8 +493,8 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=HORIZON):
             **dense_init(next(keys), "mlp0", own + shared, hidden),
             **dense_init(next(keys), "mlp1", hidden, hidden),
             **dense_init(next(keys), "feedback", hidden, FEEDBACK),
-            **step_init(next(keys), hidden, own, anchored),
-            **({"steer": jnp.zeros((lstm + 6 + 2 + len(DECAYS) + 1, 1 + ODD))} if anchored else {}),
+            **step_init(next(keys), hidden, own, anchored, odd),
+            **({"steer": jnp.zeros((lstm + 6 + 2 + len(DECAYS) + 1, 1 + odd))} if anchored else {}),
             "initial/h": jnp.zeros(lstm), "initial/c": jnp.zeros(lstm),
             "initial/feedback": 0.1 * jax.random.normal(next(keys), (FEEDBACK,)),
             "initial/context": 0.1 * jax.random.normal(next(keys), (CONTEXT,)),
@@ -517,7 +535,7 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=HORIZON):
             return jnp.concatenate([logs, jnp.sign(means), known], 1)
 
         def tensor(features, seen, adam_direction, bias, pace, steer):
-            """One tensor's parameters: features [23, n], bias [hidden] -> change [n], mean of the last hidden layer."""
+            """One tensor's parameters: features [own, n], bias [hidden] -> change [n], mean of the last hidden layer."""
             features = normalised(features, seen)
             h = jax.nn.relu(theta["mlp0/w"][:own].T @ features + bias[:, None])
             h = jax.nn.relu(theta["mlp1/w"].T @ h + theta["mlp1/b"][:, None])
@@ -544,14 +562,16 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=HORIZON):
             time = jnp.sin(clock / (np.pi * timescales))
             condition = joined(dense(theta, "condition", h), jnp.stack(logs, 1), each(time))  # [tensors, shared]
             bias = condition @ theta["mlp0/w"][own:] + theta["mlp0/b"][None]
-            record, jump, pace, steer = (), 0, [None] * len(count), [None] * len(count)
+            record, jump, pace, steer, whole = (), 0, [None] * len(count), [None] * len(count), []
             if anchored:
+                shapes = [x.shape for x in jax.tree.leaves(params)]
+                whole = [jnp.concatenate([*map(orthogonal, by_tensor(m[0] + m[B1], count), shapes)])[None]]
                 record, back = remember(state.record, valid_loss, w)
                 jump = jnp.where(back, record.params - w, 0)
                 pace = paces(theta, t, horizon, params) * jnp.exp(-BRAKE * record.returns)
                 # P1's times from 10 to 3000 steps; the others hardly change in an episode
                 steer = joined(h, each(tanh_times(clock)[1:7]), each(surprises), signal, rest) @ theta["steer"]
-            features = jnp.concatenate([parameter_features(g, w, m, v), jnp.log(jnp.abs(w)[None] + 1e-8), v, jax.lax.rsqrt(v + 1e-6)])
+            features = jnp.concatenate([parameter_features(g, w, m, v), *whole, jnp.log(jnp.abs(w)[None] + 1e-8), v, jax.lax.rsqrt(v + 1e-6)])
             parts = (by_tensor(x, count) for x in (features, v[B2] > 0, adams[B1]))
             updates, reports = zip(*map(tensor, *parts, bias, pace, steer))
             return unravel(jnp.concatenate(updates) + jump), HierarchicalState(
