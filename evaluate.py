@@ -60,6 +60,7 @@ BASELINES = {  # name: (optimizer(setting, horizon), settings)
     "RMSProp": (lambda rate, horizon: model.rmsprop(rate), RATES),
     "Adam": (lambda rate, horizon: model.adam(rate), RATES),
     "Adam + cosine": (lambda rate, horizon: model.nadamw(rate, nesterov=False, horizon=horizon), RATES),
+    "Muon + cosine": (lambda rate, horizon: model.muon(rate, 0.8, horizon), RATES),  # the decay: by trial on meta-training tasks
 }
 NADAMW_DRAWS = settings_at_random(0, 200, NADAMW)
 NADAMW_LIST = [43, 174, 185, 113, 75, 117, 52, 194, 179, 162]  # of these draws, in the order to try them: `experiments.settings_list`
@@ -244,7 +245,7 @@ def picture(path, curves):
     figure, axes = plt.subplots(1, 5, figsize=(18, 3.4), layout="constrained")
     steps = np.arange(curves["learned"].shape[2]) * EVERY
     for i, axis in enumerate(axes[:4]):
-        for name in ("Adam", "Adam + cosine", "learned"):
+        for name in ("Adam", "Adam + cosine", "Muon + cosine", "learned"):
             test = curves[name][i, ..., 1]
             axis.plot(steps, test[figures(test, mean_loss).argmin()], label=name, color={"learned": "C3"}.get(name),
                       lw=2 if name == "learned" else 1.2)

@@ -547,7 +547,7 @@ def wall_clock(seed, path, count=4, horizon=400, width=128):
     """A conv net of some 50,000 parameters: test loss against seconds (P1's headline), baselines at the rate that ends lowest. Beside
     `path` it tries the shipped per-parameter MLP, too."""
     family, rows = tasks.dataset(letter_data(1000, seed), "conv", width), []
-    chosen = {name: evaluate.BASELINES[name] for name in ("momentum", "RMSProp", "Adam", "Adam + cosine")}
+    chosen = {name: evaluate.BASELINES[name] for name in ("momentum", "RMSProp", "Adam", "Adam + cosine", "Muon + cosine")}
     (learned, theta), (smaller, its_theta) = model.load(path, horizon), model.load(evaluate.PRETRAINED_MLP, horizon)
     optimizers = {name: make(0.01, horizon) for name, (make, _) in chosen.items()}
     costs = evaluate.costs(family, optimizers | {"learned": learned.optimizer(theta), "per-parameter MLP": smaller.optimizer(its_theta)}, steps=20)

@@ -53,25 +53,29 @@ def rmsprop(learning_rate, decay=0.9, eps=1e-8):
     return Optimizer(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
+def scheduled(learning_rate, t, warmup, horizon):
+    """The learning rate at step t (from 0): it rises linearly over `warmup` steps; with a `horizon` (in steps) it then falls to 0
+    there along a cosine."""
+    rate = learning_rate * jnp.minimum(1.0, (t + 1) / jnp.maximum(warmup, 1))
+    if horizon is not None:
+        rate *= 0.5 + 0.5 * jnp.cos(jnp.pi * jnp.clip((t - warmup) / (horizon - warmup), 0.0, 1.0))
+    return rate
+
+
 def adam(learning_rate, b1=0.9, b2=0.999, eps=1e-8):
     """Kingma and Ba 2015, with constant learning rate."""
     return nadamw(learning_rate, b1, b2, eps, nesterov=False)
 
 
 def nadamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, *, nesterov=True, weight_decay=None, warmup=0, horizon=None):
-    """Adam with Nesterov momentum and decoupled weight decay (P2 section 4.2).
-
-    The rate rises linearly over `warmup` steps; with a `horizon` (in steps) it then falls to 0 there along a cosine.
-    """
+    """Adam with Nesterov momentum and decoupled weight decay, its rate `scheduled` (P2 section 4.2)."""
     def init(params):
         zeros = jax.tree.map(jnp.zeros_like, params)
         return zeros, zeros, jnp.int32(0)
 
     def update(grads, state, params=None, **extra):
         m, v, t = state
-        rate = learning_rate * jnp.minimum(1.0, (t + 1) / jnp.maximum(warmup, 1))
-        if horizon is not None:
-            rate *= 0.5 + 0.5 * jnp.cos(jnp.pi * jnp.clip((t - warmup) / (horizon - warmup), 0.0, 1.0))
+        rate = scheduled(learning_rate, t, warmup, horizon)
         t = t + 1
         m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, m, grads)
         v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, v, grads)
@@ -95,6 +99,41 @@ def adam8p(learning_rate, b1, b2, eps, l1, l2, linear, exponential):
         grads = jax.tree.map(lambda g, p: g + l1 * jnp.sign(p) + 2 * l2 * p, grads, params)
         updates, state = unit.update(grads, state)
         return jax.tree.map(lambda u: rate * u, updates), state
+    return Optimizer(unit.init, update)
+
+
+def orthogonal(x, shape):
+    """Roughly the nearest to x [n] of the matrices whose singular values are all one; x is taken as a matrix with a column for
+    each entry of the last dimension of `shape`. Zero for vectors and scalars.
+
+    Jordan et al. 2024: two rounds of Muon's polynomial take singular values of 0.05 to 1 times x's norm to 0.6 to 1.2.
+    """
+    if len(shape) < 2:
+        return jnp.zeros_like(x)
+    x = x.reshape(-1, shape[-1]) * jax.lax.rsqrt(jnp.sum(x * x) + 1e-12)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    for _ in range(2):
+        a = x @ x.T
+        x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
+    return (x.T if tall else x).ravel()
+
+
+def muon(learning_rate, decay=0.95, horizon=None):
+    """Jordan et al. 2024: matrices step along their `orthogonal` Nesterov momentum, at a root mean square of 0.3 times the rate (of
+    entries that have a gradient), so that Adam's rates suit it; all else steps by Adam's rule."""
+    unit = adam(1.0, decay)
+
+    def update(grads, state, params=None, **extra):
+        rate = scheduled(learning_rate, state[2], 0, horizon)
+        updates, state = unit.update(grads, state)
+
+        def scaled_step(u, m, g):
+            if g.ndim < 2:
+                return rate * u
+            o = orthogonal((decay * m + (1 - decay) * g).ravel(), g.shape)
+            return (-0.3 * rate * jnp.sqrt(jnp.sum(o != 0) / (jnp.vecdot(o, o) + 1e-12)) * o).reshape(g.shape)
+        return jax.tree.map(scaled_step, updates, state[0], grads), state
     return Optimizer(unit.init, update)
 
 
@@ -240,23 +279,6 @@ def directions(m, v, t):
     """
     m_hat, v_hat = m / (1 - DECAYS ** t), v[B2:B2 + 1] / (1 - DECAYS[B2, 0] ** t)
     return m_hat / (jnp.sqrt(v_hat + 1e-30) + 1e-8)
-
-
-def orthogonal(x, shape):
-    """The matrix nearest to x [n] whose singular values are all one, roughly: x is taken as a matrix, of a column for each entry of the
-    last dimension of `shape`. Zero for vectors and scalars.
-
-    Muon's direction (Jordan et al. 2024): two rounds of its polynomial take singular values from 0.05 to 1 of the norm to 0.6 to 1.2.
-    """
-    if len(shape) < 2:
-        return jnp.zeros_like(x)
-    x = x.reshape(-1, shape[-1]) * jax.lax.rsqrt(jnp.sum(x * x) + 1e-12)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    for _ in range(2):
-        a = x @ x.T
-        x = 3.4445 * x + (2.0315 * a @ a - 4.775 * a) @ x
-    return (x.T if tall else x).ravel()
 
 
 def tensor_means(g, w, m, v, directions, sizes):
@@ -476,11 +498,12 @@ def hierarchical(lstm=32, hidden=16, anchored=True, horizon=HORIZON):
     message. Gradients are clipped at a learned multiple of their running size; all initial states are learned.
     `horizon` is the number of steps that a training takes, see `relative` and `paces`; after them the LSTM rests.
     Left out: P2's copy of the weights of 100 steps ago. Added: the LSTM also reads how well the gradients agree and how
-    many have vanished, and where the output is anchored, these, the time, the losses and the LSTM steer the step directly, and a
-    validation loss that has clearly risen ends the training: back to the parameters where it was best, see `remember`.
+    many have vanished, and where the output is anchored, these, the time, the losses and the LSTM steer the step directly, the MLP
+    also reads a matrix's `orthogonal` momentum, and a validation loss that has clearly risen ends the training: back to the
+    parameters where it was best, see `remember`.
     """
     timescales = np.float32([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])
-    odd = ODD + anchored  # the papers' form has no orthogonal momentum
+    odd = ODD + anchored  # P1's and the orthogonal momentum, which changes sign with the gradients, too
     own = odd + 1 + 2 * len(DECAYS)  # features of a parameter; what all parameters of a tensor share enters as a bias
     shared = CONDITION + 3 + len(timescales)
 

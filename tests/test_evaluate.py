@@ -162,7 +162,7 @@ def test_the_command_writes_table_and_picture(theta, tmp_path):
     assert result["tasks"] == 4 and result["horizon"] == 20 and result["diverged"] == 0
     assert {"win_mean", "win_final", "speedup"} <= set(result["versus"]["Adam"])
     assert set(result["tuned"]) == set(result["versus"]) | {"learned"} == {
-        "SGD", "momentum", "RMSProp", "Adam", "Adam + cosine", "NAdamW, list of 10", "Adam8p, 10 draws", "learned"}
+        "SGD", "momentum", "RMSProp", "Adam", "Adam + cosine", "Muon + cosine", "NAdamW, list of 10", "Adam8p, 10 draws", "learned"}
     assert "times as long as Adam's" in done.stdout
     assert "learned" in done.stdout and (theta.parent / "comparison-one_example.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -214,11 +214,16 @@ def test_the_splits_of_your_own_data_share_no_row():
     assert [len(rows[split]) for split in tasks.SPLITS[:3]] == [48, 6, 6] and len(set.union(*rows.values())) == 60
 
 
-def test_the_command_takes_your_own_data_and_keeps_the_table_where_the_picture_fails(theta, tmp_path):
+def test_the_command_takes_your_own_data_and_keeps_the_table_where_the_picture_fails(theta, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "my.npz", **my_data((8, 8)))
-    done = command(theta, "--data", "my.npz", "--tasks", 4, "--horizon", 20, "--json", tmp_path / "table.json", "--picture", "my.xyz", cwd=tmp_path)
-    assert json.loads((tmp_path / "table.json").read_text())["tasks"] == 4
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("evaluate.py: error: The comparison is done, but could not be written: ")
+    arguments = theta, "--data", "my.npz", "--tasks", 4, "--horizon", 20, "--json", "table.json", "--picture", "my.xyz"
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main()
+    assert stopped.value.code == 2 and json.loads((tmp_path / "table.json").read_text())["tasks"] == 4
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert sentence.startswith("evaluate.py: error: The comparison is done, but could not be written: ")
 
 
 @pytest.mark.parametrize("change, words", [

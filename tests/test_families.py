@@ -124,9 +124,9 @@ def test_adam_lowers_the_loss(name, family):
         batch = family.batch(task, test_key, "test")
         return family.loss(task, end.params, batch) / family.loss(task, begin.params, batch)
 
-    keys = jax.random.split(jax.random.key(3), 20)
+    keys = jax.random.split(jax.random.key(3), 10)
     ratios = jax.jit(jax.vmap(jax.vmap(curve, (None, 0)), (0, None)))(keys, rates).min(1)  # [tasks], at the best rate
-    assert (ratios < 1).mean() >= 0.95
+    assert (ratios < 1).sum() >= 9
 
 
 ACTIVATIONS = (lambda x: np.maximum(x, 0), np.tanh, lambda x: x / (1 + np.exp(-x)), lambda x: np.where(x > 0, x, 0.2 * x))

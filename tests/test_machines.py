@@ -40,21 +40,22 @@ def start_pair(*arguments, cwd):
 
 
 def test_two_processes_and_then_eight_devices_find_the_theta_of_one_device(tmp_path):
-    """Few steps: what rounding differs by grows tenfold every five steps. At the end two go on, and one of them is killed."""
-    folder = tmp_path / "many"
-    pair = start_pair(*WIDE, "--outer-steps", 12, "--out", folder, cwd=tmp_path)
-    wait_until(lambda: outer_steps_done(folder) == 12)
+    """Two processes do 24 steps; one device does twelve, and eight the rest. Few steps: what rounding differs by grows tenfold every
+    five steps. At the end two go on, and one of them is killed."""
+    folder, other = tmp_path / "many", tmp_path / "other"
+    pair = start_pair(*WIDE, "--outer-steps", 24, "--out", folder, cwd=tmp_path)
+    for arguments in ([*WIDE, "--outer-steps", 12, "--devices", 1, "--out", other], ["--resume", other, "--outer-steps", 24, "--devices", 8]):
+        process = start(*arguments, cwd=tmp_path)
+        done = int(arguments[arguments.index("--outer-steps") + 1])
+        wait_until(lambda: outer_steps_done(other) == done, process)
+        process.kill()  # it would go on to fit and to compare
+        process.communicate()
+    wait_until(lambda: outer_steps_done(folder) == 24, pair[0])
     assert pair[1].wait(60) == 0 and "pairs on" not in pair[1].communicate()[0]  # process 0 stays, to fit and to compare
     pair[0].kill()
     assert "pairs on 2 devices" in pair[0].communicate()[0]
-    one = start(*WIDE, "--outer-steps", 24, "--devices", 1, "--out", tmp_path / "one", cwd=tmp_path)
-    eight = start("--resume", folder, "--outer-steps", 24, "--devices", 8, cwd=tmp_path)
-    for process, where in ((one, tmp_path / "one"), (eight, folder)):
-        wait_until(lambda: outer_steps_done(where) == 24, process)
-        process.kill()
-        process.communicate()
-        assert steps_logged(where) == list(range(1, 25))
-    mine, reference = (model.read_npz(x / "checkpoint.npz") for x in (folder, tmp_path / "one"))
+    assert steps_logged(folder) == steps_logged(other) == list(range(1, 25))
+    mine, reference = (model.read_npz(x / "checkpoint.npz") for x in (folder, other))
     for i in range(2 * len(theta_of(folder))):  # theta and its average
         np.testing.assert_allclose(mine[f"leaf{i:04}"], reference[f"leaf{i:04}"], rtol=1e-3, atol=1e-5)
 

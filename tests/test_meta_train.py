@@ -87,12 +87,11 @@ def wait_for_steps(process, folder, more):
 def test_kill_and_resume_is_bit_identical(whole, tmp_path):
     folder = tmp_path / "run"
     process = start(*TINY, "--outer-steps", STEPS, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
-    for more in (10, 20):
-        wait_for_steps(process, folder, more)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        model.load(folder / "theta.npz")  # whole, wherever the kill hit
-        process = start("--resume", folder, cwd=tmp_path)
+    wait_for_steps(process, folder, 15)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    model.load(folder / "theta.npz")  # whole, wherever the kill hit
+    process = start("--resume", folder, cwd=tmp_path)
     deadline = time.time() + 120
     while model.about(folder / "theta.npz")["outer_steps_done"] < STEPS:
         assert time.time() < deadline and process.poll() is None, process.communicate()
@@ -143,8 +142,13 @@ def test_minutes_that_have_passed_leave_a_save_and_a_clock_that_jumps_changes_no
     process.communicate()
     assert steps_logged(folder) == [] and model.about(folder / "theta.npz")["outer_steps_done"] == 0
     jumps = "import itertools, time; days = itertools.cycle((-1e6, 1e6, 0)); clock = time.time; time.time = lambda: clock() + next(days)"
-    code, out, err = run("--resume", folder, "--minutes", 5, "--fit", 0, cwd=tmp_path, prelude=jumps)
-    assert code == 0 and steps_logged(folder) == [1, 2, 3, 4, 5], err
+    process = start("--resume", folder, "--minutes", 5, cwd=tmp_path, prelude=jumps)
+    while model.about(folder / "theta.npz")["outer_steps_done"] < 5:
+        assert time.time() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert steps_logged(folder) == [1, 2, 3, 4, 5]
     with open(folder / "log.csv") as mine, open(whole[0] / "log.csv") as reference:  # the same numbers but for the seconds
         assert [row[:-1] for row in csv.reader(mine)] == [row[:-1] for row in itertools.islice(csv.reader(reference), 6)]
 

@@ -66,6 +66,16 @@ def test_adam():
     check(model.adam(0.01), adam_rule)
 
 
+def test_muon():
+    def rule(memory, g, w, t):
+        rate, adam = 0.01 * (0.5 + 0.5 * np.cos(np.pi * min((t - 1) / 20, 1))), adam_rule(memory, g, w, t)
+        if g.ndim < 2:
+            return rate / 0.01 * adam
+        o = orthogonal_by_svd(0.9 * memory["m"] + 0.1 * g, g.shape).reshape(g.shape)
+        return -0.3 * rate * o / np.sqrt(np.mean(o ** 2)) if o.size else o
+    check(model.muon(0.01, 0.9, horizon=20), rule)
+
+
 def test_nadamw():
     def rule(memory, g, w, t):
         rate = 0.01 * min(1, t / 5)
@@ -278,6 +288,28 @@ def test_at_rest_is_what_has_lost_its_gradient():
     np.testing.assert_allclose(found[1][:, 3], [5 / 4, 0, 0], rtol=1e-6)
 
 
+def orthogonal_by_svd(x, shape):
+    """`model.orthogonal` in float64: the polynomial acts on the singular values alone."""
+    if len(shape) < 2:
+        return np.zeros(x.size)
+    left, s, right = np.linalg.svd(np.float64(x).reshape(-1, shape[-1]), full_matrices=False)
+    s = s / np.sqrt(np.sum(s * s) + 1e-12)
+    for _ in range(2):
+        s = 3.4445 * s - 4.775 * s ** 3 + 2.0315 * s ** 5
+    return np.ravel((left * s) @ right)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (3, 3, 2, 5), (5, 1), (7,), (), (0, 3)])
+def test_orthogonal_against_singular_values(shape):
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    np.testing.assert_allclose(model.orthogonal(jnp.ravel(x), shape), orthogonal_by_svd(x, shape), rtol=1e-4, atol=1e-5)
+    slope = jax.grad(lambda x: jnp.sum(jnp.sin(model.orthogonal(x, shape))))
+    assert np.isfinite(slope(jnp.zeros(x.size))).all()  # where no gradient was ever seen
+    if len(shape) > 1 and x.size:  # all singular values are near one, and the size of x doesn't matter
+        s = np.linalg.svd(np.reshape(model.orthogonal(1e3 * jnp.ravel(x), shape), (-1, shape[-1])))[1]
+        assert 0.6 < s.min() and s.max() < 1.3
+
+
 def test_a_steered_step_against_a_loop():
     """A tensor has its own pace and its own weights of the features that d reads."""
     rng, hidden, n = np.random.default_rng(0), 5, 7
@@ -411,7 +443,7 @@ def test_each_cue_steers_the_pace():
         _, state = update(theta, state, g, loss, valid)
     last = lambda steer: update(theta | {"steer": steer}, state, grads[2], losses[2], valid_losses[2])
     plain, after = last(theta["steer"])
-    one_each = 0.01 * jnp.eye(len(theta["steer"]))[:, :, None] * (jnp.arange(1 + model.ODD) == 0)[None, None]  # only the pace is steered
+    one_each = 0.01 * jnp.eye(len(theta["steer"]))[:, :, None] * (jnp.arange(theta["steer"].shape[1]) == 0)[None, None]  # only the pace is steered
     steered, _ = jax.vmap(last)(one_each)
     cue = 100 * np.log(steered["matrix"] / plain["matrix"][None])  # [cues, 5, 7]
     m, v, mean, variance = np.zeros((5, 35)), np.zeros(35), 0.0, 0.0
@@ -585,7 +617,8 @@ def test_the_hierarchical_optimizer_against_a_plain_loop_over_tensors():
             if not g.size:
                 feedback[k] = T["feedback/b"]
                 continue
-            own = np.concatenate([[g, w], m[k], m[k] / np.sqrt(v[k] + 1e-6), [np.log(np.abs(w) + 1e-8)], v[k], 1 / np.sqrt(v[k] + 1e-6)])
+            own = np.concatenate([[g, w], m[k], m[k] / np.sqrt(v[k] + 1e-6), [orthogonal_by_svd(m[k][0] + m[k][1], shape)],
+                                  [np.log(np.abs(w) + 1e-8)], v[k], 1 / np.sqrt(v[k] + 1e-6)])
             own = np.clip(own / np.sqrt(1e-5 + average(own ** 2))[:, None], -5, 5)
             shared = np.concatenate([h[k] @ T["condition/w"] + T["condition/b"],
                                      [np.log(len(names)) - 1, np.log(np.linalg.norm(w)), np.log(len(w))],
@@ -597,7 +630,7 @@ def test_the_hierarchical_optimizer_against_a_plain_loop_over_tensors():
             times = np.tanh(clock / np.array([10, 30, 100, 300, 1000, 3000]) - 1)
             steer = np.concatenate([h[k], times, cues]) @ T["steer"]
             d, a = T["step/w"].T @ hidden
-            d = d - d.mean() + (T["direct/d"] + np.tanh(steer[1:])) @ own[:12]
+            d = d - d.mean() + (T["direct/d"] + np.tanh(steer[1:])) @ own[:13]
             a = a + T["direct/a"] @ own + steer[0]
             pace = (min(1, 32 / np.prod(shape[:-1])) if len(shape) > 1 else np.exp(T["log_bias"])) / max(t / horizon, 1) ** 2
             wanted = -pace * np.exp(T["log_lr"] + np.minimum(a, 1)) * (adam[1] + d)
