@@ -76,6 +76,13 @@ def test_muon():
     check(model.muon(0.01, 0.9, horizon=20), rule)
 
 
+def test_padding_changes_no_step_of_muon():
+    """Rows and columns that never have a gradient stand still, and the others step as if they were alone."""
+    g, optimizer = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32), model.muon(0.01)
+    step = lambda g: np.array(optimizer.update({"w": jnp.array(g)}, optimizer.init({"w": jnp.array(g)}))[0]["w"])
+    np.testing.assert_allclose(step(np.pad(g, ((0, 5), (2, 0)))), np.pad(step(g), ((0, 5), (2, 0))), rtol=1e-4)
+
+
 def test_nadamw():
     def rule(memory, g, w, t):
         rate = 0.01 * min(1, t / 5)
