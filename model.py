@@ -440,7 +440,7 @@ class Record(NamedTuple):
     noise: jax.Array    # variance of a loss
     mean: jax.Array     # running mean of the losses, the newest counting half
     first: jax.Array    # the first loss
-    best: jax.Array     # the lowest mean
+    best: jax.Array     # the lowest mean, see `remember`
     params: jax.Array   # [parameters], where it was met
     returns: jax.Array  # how often those were gone back to
 
@@ -448,9 +448,10 @@ class Record(NamedTuple):
 def remember(record, loss, w):
     """-> (the record with one more validation loss, met at parameters w [n]; whether it is time to go back to the best).
 
-    That is when the mean lies above the best by a fifth of the first loss and, on top, two standard deviations of a single loss.
+    That is when the mean lies above the best by a tenth of the first loss and, on top, 1.5 standard deviations of a single loss.
     Those come from second differences of the losses, which a steady rise or fall does not change. (A fifth of what was gained was
-    tried: it also ends trainings that only begin with a jump.)
+    tried: it also ends trainings that only begin with a jump.) To be a new best, a mean has to be a tenth and half a standard deviation
+    lower than the last: of many noisy means the lowest is lucky, and with few examples it is met long after overfitting began.
     """
     if loss is None:
         return record, False
@@ -460,9 +461,10 @@ def remember(record, loss, w):
         mean = jnp.where(k > 0, 0.5 * (record.mean + loss), loss)
         bend = (loss - 2 * record.latest[1] + record.latest[0]) ** 2 / 6
         noise = jnp.where(k > 1, record.noise + (bend - record.noise) / jnp.clip(k - 1, 1, 10), 0.0)
-        first, lowest = jnp.where(k > 0, record.first, loss), (k == 0) | (mean <= record.best)
-        best, params = jnp.where(lowest, mean, record.best), jnp.where(lowest, w, record.params)
-        back = (k > 2) & (mean - best > 2 * jnp.sqrt(noise) + 0.2 * jnp.abs(first))
+        sigma, first = jnp.sqrt(noise), jnp.where(k > 0, record.first, loss)
+        better = (k == 0) | (record.best - mean >= 0.5 * sigma + 0.1 * jnp.abs(record.best))
+        best, params = jnp.where(better, mean, record.best), jnp.where(better, w, record.params)
+        back = (k > 2) & (mean - best > 1.5 * sigma + 0.1 * jnp.abs(first))
         mean, latest = jnp.where(back, best, mean), jnp.where(back, best, jnp.stack([record.latest[1], loss]))
         return Record(k + 1, latest, noise, mean, first, best, params, record.returns + back), back
 

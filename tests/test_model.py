@@ -366,13 +366,13 @@ def returns_of(losses):
     seen, since, mean, best, at, noise, bends, answers = 0, [], None, None, None, 0.0, 0, []
     for i, loss in enumerate(losses):
         mean = loss if mean is None else (mean + loss) / 2
-        if best is None or mean <= best:
-            best, at = mean, i
         since.append(loss)
         if len(since) > 2:
             bends += 1
             noise += ((since[-1] - 2 * since[-2] + since[-3]) ** 2 / 6 - noise) / min(bends, 10)
-        answers.append(seen > 2 and mean - best > 2 * noise ** 0.5 + 0.2 * abs(losses[0]))
+        if best is None or mean <= best - 0.1 * abs(best) - 0.5 * noise ** 0.5:
+            best, at = mean, i
+        answers.append(seen > 2 and mean - best > 1.5 * noise ** 0.5 + 0.1 * abs(losses[0]))
         if answers[-1]:
             mean, since = best, [best, best]
         seen += 1
