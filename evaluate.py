@@ -1,451 +1,512 @@
-"""Compare a learned optimizer, the shipped one or your own, with tuned hand-designed ones: `python evaluate.py [theta.npz]`.
+"""Compare a learned optimizer, the shipped one or your own, with tuned hand-designed ones:
+`python evaluate.py [theta.npz]`.
 
-The tasks are held out (letters, and on the test split fonts, that meta-training never saw). Every optimizer starts from
-the same parameters, sees the same batches and may know how many steps there will be. Every baseline is tuned per task, with
-hindsight, anew for each figure: the best of ten learning rates counts, or, of NAdamW and Adam8p, of ten settings of all that
-they have. The learned optimizer runs once, untuned.
+The tasks are held out (letters, and on the test split fonts, that meta-training never saw). Every
+optimizer starts from the same parameters, sees the same batches and may know how many steps there
+will be. Every baseline is tuned per task, with hindsight, anew for each figure: the best of ten
+learning rates counts or, of NAdamW, of ten settings of all that it has. The learned optimizer runs
+once, untuned. The outer loss, and what is fitted to it by trial, is here too.
 """
 import argparse
-import concurrent.futures
 import functools
 import hashlib
+import itertools
 import json
-import os
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
+from jax import random, tree
+from matplotlib.figure import Figure
 
-import estimators
+import kinds
+import machine
 import model
 import tasks
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-PRETRAINED, PRETRAINED_MLP = (os.path.join(os.path.dirname(os.path.abspath(__file__)), name)  # the README says by what commands
-                              for name in ("pretrained.npz", "pretrained_mlp.npz"))
+PRETRAINED = str(Path(__file__).with_name("pretrained.npz"))
+PRETRAINED_MLP = str(Path(__file__).with_name("pretrained_mlp.npz"))
 EVERY = 20    # steps between two measurements
 BATCHES = 8   # batches a measurement averages over, the same ones each time
-RATES = np.float32(10.0 ** np.arange(-4.5, 0.1, 0.5))  # of the adaptive baselines; SGD, 30 times as much, momentum, 3 times
+RATES = np.float32(np.logspace(-4.5, 0, 10))
 
 
-def settings_at_random(seed, count, ranges):
-    """{name: [count] between the two numbers given for it, evenly on a logarithmic scale}."""
-    draws = np.random.default_rng(seed).uniform(size=(count, len(ranges)))
-    return {name: np.float32(tasks.log_uniform(u, low, high)) for u, (name, (low, high)) in zip(draws.T, ranges.items())}
+# ---------------------------------------------------------------- the baselines
+
+# Learning rate, 1 - b1, 1 - b2, eps, weight decay, warm-up as a share of the horizon: ten of 200
+# random settings, the best ones together on meta-training tasks of all families, best first.
+LOWEST = np.array([1e-4, 1e-2, 1e-4, 1e-9, 1e-5, 1e-3])
+HIGHEST = [1, 1, 1, 1e-2, 1, 0.3]
+CHOSEN = [43, 174, 185, 113, 75, 117, 52, 194, 179, 162]
+DRAWS = np.random.default_rng(0).uniform(size=(200, 6))[CHOSEN]
+NADAMW_LIST = np.float32(LOWEST * (HIGHEST / LOWEST) ** DRAWS)
 
 
 def nadamw(setting, horizon):
-    """NAdamW at one of NADAMW_DRAWS: its b1 and b2 are 1 less the decays, its warm-up a share of the horizon."""
-    return model.nadamw(setting["learning_rate"], 1 - setting["b1"], 1 - setting["b2"], setting["eps"],
-                        weight_decay=setting["weight_decay"], warmup=setting["warmup"] * horizon, horizon=horizon)
+    """NAdamW at one of NADAMW_LIST."""
+    rate, decay1, decay2, eps, weight_decay, warmup = setting
+    return model.nadamw(rate, 1 - decay1, 1 - decay2, eps, weight_decay=weight_decay,
+                        warmup=warmup * horizon, horizon=horizon)
 
 
-def adam8p(setting, horizon):
-    """Adam8p at a random setting; P2's decays are for 10,000 steps, so they are faster here by as much as the training is shorter."""
-    faster = 10000 / horizon
-    return model.adam8p(setting["learning_rate"], 1 - setting["b1"], 1 - setting["b2"], setting["eps"], setting["l1"], setting["l2"],
-                        faster * setting["linear"], faster * setting["exponential"])
+def adam_cosine(rate, horizon):
+    return model.nadamw(rate, nesterov=False, horizon=horizon)
 
 
-NADAMW = dict(learning_rate=(1e-4, 1), b1=(1e-2, 1), b2=(1e-4, 1), eps=(1e-9, 1e-2), weight_decay=(1e-5, 1), warmup=(1e-3, 0.3))
-ADAM8P = dict(learning_rate=(1e-8, 10), b1=(1e-4, 1), b2=(1e-6, 1), eps=(1e-10, 1e3), l1=(1e-8, 10), l2=(1e-8, 10),
-              linear=(1e-7, 1e-4), exponential=(1e-6, 1e-3))  # P2 appendix D
 BASELINES = {  # name: (optimizer(setting, horizon), settings)
     "SGD": (lambda rate, horizon: model.sgd(30 * rate), RATES),
     "momentum": (lambda rate, horizon: model.momentum(3 * rate), RATES),
     "RMSProp": (lambda rate, horizon: model.rmsprop(rate), RATES),
     "Adam": (lambda rate, horizon: model.adam(rate), RATES),
-    "Adam + cosine": (lambda rate, horizon: model.nadamw(rate, nesterov=False, horizon=horizon), RATES),
-    "Muon + cosine": (lambda rate, horizon: model.muon(rate, 0.8, horizon), RATES),  # the decay: by trial on meta-training tasks
+    "Adam + cosine": (adam_cosine, RATES),
+    "Muon + cosine": (lambda rate, horizon: model.muon(rate, 0.8, horizon), RATES),
 }
-NADAMW_DRAWS = settings_at_random(0, 200, NADAMW)
-NADAMW_LIST = [43, 174, 185, 113, 75, 117, 52, 194, 179, 162]  # of these draws, in the order to try them: `experiments.settings_list`
-SEARCHES = {"NAdamW, list of 10": (nadamw, {name: values[NADAMW_LIST] for name, values in NADAMW_DRAWS.items()}),
-            "Adam8p, 10 draws": (adam8p, settings_at_random(1, 10, ADAM8P))}
+LISTS = {"NAdamW, list of 10": (nadamw, NADAMW_LIST)}
+
+
+# ---------------------------------------------------------------- learning curves
+
+def train(family, optimizer, task, inner, key, steps):
+    """-> Inner after so many steps more."""
+    def step(inner, key):
+        return tasks.inner_step(family, optimizer, task, inner, key), None
+    return jax.lax.scan(step, inner, random.split(key, steps))[0]
 
 
 def learning_curve(family, optimizer, key, horizon):
-    """Train one sampled task for `horizon` steps -> mean losses [1 + horizon / EVERY, 2] on the train and test split."""
-    task_key, init_key, step_key, measure_key = jax.random.split(key, 4)
+    """Train one sampled task -> mean losses [1 + horizon / EVERY, 2], on train and test batches."""
+    task_key, init_key, step_key, measure_key = random.split(key, 4)
     task = family.sample(task_key)
 
     def measure(inner):
-        batch_loss = lambda split: jax.vmap(lambda k: family.loss(task, inner.params, family.batch(task, k, split)))
-        keys = jax.random.split(measure_key, BATCHES)
-        return jnp.stack([jnp.mean(batch_loss("train")(keys)), jnp.mean(batch_loss("test")(keys))])
+        def losses(key):
+            batches = family.batch(task, key, "train"), family.batch(task, key, "test")
+            return jnp.stack([family.loss(task, inner.params, batch) for batch in batches])
+        return jnp.mean(jax.vmap(losses)(random.split(measure_key, BATCHES)), 0)
 
     def segment(inner, key):
-        step = lambda inner, key: (tasks.inner_step(family, optimizer, task, inner, key), None)
-        inner, _ = jax.lax.scan(step, inner, jax.random.split(key, EVERY))
+        inner = train(family, optimizer, task, inner, key, EVERY)
         return inner, measure(inner)
 
     start = tasks.init_inner(family, optimizer, task, init_key)
-    _, losses = jax.lax.scan(segment, start, jax.random.split(step_key, horizon // EVERY))
-    return jnp.concatenate([measure(start)[None], losses])
+    _, losses = jax.lax.scan(segment, start, random.split(step_key, horizon // EVERY))
+    return jnp.vstack([measure(start), losses])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
-def learning_curves(family, make_optimizer, hyper, keys, horizon):
-    """`learning_curve` of every task (keys [n]) under every optimizer make_optimizer(hyper[h]) -> [n, h, points, 2]."""
-    settings = len(jax.tree.leaves(hyper)[0])
-    i, j = jnp.divmod(jnp.arange(len(keys) * settings), settings)
+def learning_curves(family, make_optimizer, settings, keys, horizon):
+    """`learning_curve` of every task (keys [n]) at each of h settings -> [n, h, points, 2].
 
-    def one(shared, row):
-        keys, hyper = shared
-        return learning_curve(family, make_optimizer(jax.tree.map(lambda x: x[row[1]], hyper)), keys[row[0]], horizon)
+    settings: a pytree of arrays [h, ...]; make_optimizer(one of them) -> Optimizer.
+    """
+    def at_each(settings, key):
+        def at(setting):
+            return learning_curve(family, make_optimizer(setting), key, horizon)
+        return machine.over_rows(at, settings)
 
-    curves = estimators.over_devices(one, len(i), alone=True)((keys, hyper), (i, j))
-    return curves.reshape(len(keys), settings, *curves.shape[1:])
+    return machine.over_devices(at_each, len(keys), alone=True)(settings, keys)
 
 
-def kept_curves(family, make_optimizer, hyper, keys, horizon):
-    """`learning_curves`, kept on disk for when the same program meets the same numbers again: tuning is most of a comparison."""
-    lowered = learning_curves.lower(family, make_optimizer, hyper, keys, horizon)
-    content = hashlib.sha256(lowered.as_text().encode())
-    for x in jax.tree.leaves((hyper, jax.random.key_data(keys))):
-        content.update(np.asarray(x).tobytes())
-    path = os.path.join(matplotlib.get_cachedir(), f"learned_optimizer_curves_{content.hexdigest()[:20]}.npz")
-    try:
-        return model.read_npz(path)["curves"]
-    except (ValueError, KeyError):  # none yet, or damaged
-        curves = np.asarray(lowered.compile()(hyper, keys))
-    try:
-        model.write_npz(path, {"curves": curves})
-    except OSError:
-        pass  # a read-only home costs the time again, nothing else
-    return curves
+def kept_curves(family, make_optimizer, settings, keys, horizon):
+    """`learning_curves`, kept on disk for when the same program meets the same numbers again."""
+    program = learning_curves.lower(family, make_optimizer, settings, keys, horizon)
+    numbers = tree.map(lambda x: x.tolist(), (settings, random.key_data(keys)))
+    content = f"{program.as_text()} {numbers}"
+    name = hashlib.sha256(content.encode()).hexdigest()
+
+    def make():
+        return {"curves": np.asarray(program.compile()(settings, keys))}
+
+    return machine.kept(f"curves_{name}", make)["curves"]
 
 
 def compare(family, learned, theta, num_tasks, horizon, seed=0, baselines=BASELINES):
-    """Learning curves of all optimizers on the same tasks -> {name: [tasks, settings, points, 2]}; "learned" has one setting."""
-    keys = jax.random.split(jax.random.key(seed), num_tasks)
-    runs = {name: (kept_curves, functools.partial(make, horizon=horizon), jax.tree.map(jnp.asarray, settings))
-            for name, (make, settings) in baselines.items()}
-    runs["learned"] = learning_curves, learned.optimizer, jax.tree.map(lambda x: jnp.asarray(x)[None], theta)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # one compiles while the other runs
-        curves = pool.map(lambda run: np.asarray(run[0](family, *run[1:], keys, horizon)), runs.values())
-        return dict(zip(runs, curves))
+    """All on the same tasks -> {name: [tasks, settings, points, 2]}; "learned" has one setting."""
+    keys, curves = random.split(random.key(seed), num_tasks), {}
+    for name, (make, settings) in baselines.items():
+        make = functools.partial(make, horizon=horizon)
+        curves[name] = kept_curves(family, make, settings, keys, horizon)
+    one = tree.map(lambda x: x[None], theta)
+    found = learning_curves(family, learned.optimizer, one, keys, horizon)
+    return curves | {"learned": np.asarray(found)}
+
+
+# ---------------------------------------------------------------- what they amount to
+
+def mean_loss(losses):
+    return losses[..., 1:].mean(-1)
+
+
+def final_loss(losses):
+    return losses[..., -1]
+
+
+VALUES = {"mean": mean_loss, "final": final_loss}
 
 
 def figures(curves, value):
-    """value(losses [..., points]) of every run: [n, h, points] -> [n, h]; infinite if one of its losses is not finite."""
+    """value(losses [..., points]) of every run; infinite if one of its losses is not finite."""
     return np.where(np.isfinite(curves).all(-1), value(curves), np.inf)
 
 
 def best(curves, value):
-    """value(losses) of each task's test (or train) curves, at its best setting: [n, h, points] -> [n]."""
+    """value(losses) of each task at its best setting: [n, h, points] -> [n]."""
     return figures(curves, value).min(1)
 
 
-mean_loss = lambda losses: losses[..., 1:].mean(-1)
-final_loss = lambda losses: losses[..., -1]
+def tuned(curves, value):
+    """The losses of each task at its best setting: [n, h, points] -> [n, points]."""
+    return curves[np.arange(len(curves)), figures(curves, value).argmin(1)]
 
 
-def steps_to(curve, loss):
-    """The first measured step at which a curve [points] is down to `loss`, at least one measurement; inf if it never is."""
-    reached = np.nonzero(curve <= loss)[0]
-    return max(reached[0], 1) * EVERY if len(reached) else np.inf
-
-
-def summary(curves):
-    """The comparison as a dict for Python's json (what diverged is Infinity there); see the README for what each figure means.
-
-    Against each baseline: shares of tasks and speed-up, and for each the interval that holds 95% of what other tasks might give.
-    """
-    learned = curves["learned"]
-    start = learned[:, 0, 0, 1]  # test loss before training, [n]
-
-    def table(pick):
-        """Of the relative figures [n, h] of each optimizer, `pick` takes one setting's for each task."""
-        return {name: {f"{split}_{label}_{statistic.__name__}": float(statistic(pick(figures(c[..., i], value) / start[:, None])))
-                       for i, split in enumerate(("train", "test"))
-                       for label, value in (("mean_loss", mean_loss), ("final_loss", final_loss))
-                       for statistic in (np.mean, np.median)}
-                for name, c in curves.items()}
-
-    test = learned[:, 0, :, 1]  # [n, points]
-    diverged = ~np.isfinite(learned).all((1, 2, 3)) | ~(test[:, -1] <= start)
-    versus = {}
-    for name in [name for name in curves if name != "learned"]:
-        wins = lambda value: best(learned[..., 1], value) < best(curves[name][..., 1], value)
-        logs = np.log(speedups(test, curves[name][..., 1]))
-        versus[name] = {"win_mean": float(wins(mean_loss).mean()), "win_mean_95": bootstrap(wins(mean_loss)),
-                        "win_final": float(wins(final_loss).mean()), "win_final_95": bootstrap(wins(final_loss)),
-                        "speedup": float(np.exp(logs.mean())), "speedup_95": np.exp(bootstrap(logs)).tolist()}
-    return {"tasks": len(start), "horizon": (test.shape[1] - 1) * EVERY, "diverged": int(diverged.sum()),
-            "tuned": table(lambda x: x.min(1)), "off_the_shelf": table(lambda x: x[:, x.mean(0).argmin()]), "versus": versus}
-
-
-def bootstrap(x, draws=2000):
-    """The central 95% of the mean of x [n] over random choices of n of its entries, with repetition -> [low, high]."""
-    chosen = np.random.default_rng(0).integers(0, len(x), (draws, len(x)))
-    return np.quantile(np.asarray(x)[chosen].mean(1), (0.025, 0.975)).tolist()
+def steps_to(curves, losses):
+    """The first measurement, after the start, where a curve is down to its loss, or inf: [n]."""
+    reached = curves <= losses[:, None]
+    return np.where(reached.any(1), np.maximum(reached.argmax(1), 1), np.inf)
 
 
 def speedups(learned, adam):
-    """For each task, how many times fewer steps the learned optimizer needs than tuned Adam (or another) -> [n].
+    """How many times fewer steps the learned optimizer needs than tuned Adam (or another): [n].
 
-    learned [n, points], adam [n, h, points], test losses. If Adam gets down to the loss the learned one ends at, in s of
-    the T steps, the task counts s / T; if it never does, the learned one needed s' steps to Adam's final loss: T / s'. A
-    learned run that is not finite ends at infinity, where Adam is at once: s is EVERY.
+    learned [n, points], adam [n, h, points], test losses. If Adam gets down to the loss the learned
+    one ends at, in s of the T steps, the task counts s / T; if it never does, the learned one
+    needed s' steps to Adam's final loss: T / s'. A learned run that is not finite ends at infinity:
+    s is EVERY.
     """
-    rates = []
-    for mine, others in zip(learned, adam):
-        other, horizon = others[figures(others, final_loss).argmin()], (len(mine) - 1) * EVERY
-        steps = steps_to(other, figures(mine, final_loss))
-        rates.append(steps / horizon if np.isfinite(steps) else horizon / min(steps_to(mine, other[-1]), horizon))
-    return np.array(rates)
+    end = learned.shape[1] - 1
+    adam = tuned(adam, final_loss)
+    theirs = steps_to(adam, figures(learned, final_loss))
+    mine = steps_to(learned, adam[:, -1])
+    return np.where(theirs <= end, theirs / end, end / np.minimum(mine, end))
+
+
+def bootstrap(x):
+    """The central 95% of the mean of x [n], if n of its entries are drawn anew -> [low, high]."""
+    means = np.random.default_rng(0).choice(x, (2000, len(x))).mean(1)
+    return np.quantile(means, (0.025, 0.975)).tolist()
+
+
+def losses_of(curves, pick):
+    """A row of `summary`; pick(figures [n, h]) takes one setting's for each task."""
+    row = {}
+    for i, split in enumerate(("train", "test")):
+        for name, value in VALUES.items():
+            x = pick(figures(curves[..., i], value))
+            row[f"{split}_{name}_loss_mean"] = float(x.mean())
+            row[f"{split}_{name}_loss_median"] = float(np.median(x))
+    return row
+
+
+def versus(learned, other):
+    """Another row of `summary`; test losses [n, 1, points] and [n, h, points]."""
+    row = {}
+    for name, value in VALUES.items():
+        wins = best(learned, value) < best(other, value)
+        row |= {f"win_{name}": wins.mean(), f"win_{name}_95": bootstrap(wins)}
+    logs = np.log(speedups(learned[:, 0], other))
+    interval = np.exp(bootstrap(logs))
+    return row | {"speedup": np.exp(logs.mean()), "speedup_95": interval.tolist()}
+
+
+def summary(curves):
+    """The comparison as a dict for JSON (what diverged is Infinity there).
+
+    tuned, off_the_shelf: each optimizer's losses, relative to the test loss at the start; of the
+    whole training (mean_loss) or its end (final_loss); mean or median over tasks; at the best
+    setting for each task and figure, or at the one that is best in the mean over tasks.
+    versus: against each baseline, tuned, the share of tasks where the learned optimizer's test loss
+    is lower, and the geometric mean of `speedups`; with _95, what holds 95% of what other tasks
+    might give (`bootstrap`).
+    diverged: runs of the learned optimizer with a loss that is not finite, or a test loss that ends
+    above its start.
+    """
+    learned = curves["learned"]
+    test, start = learned[..., 1], learned[:, :, :1, 1:]
+    finite = np.isfinite(learned).all((1, 2, 3))
+    fine = finite & (test[:, 0, -1] <= test[:, 0, 0])
+    result = {"tasks": len(fine), "horizon": (test.shape[2] - 1) * EVERY,
+              "diverged": int((~fine).sum()), "tuned": {}, "off_the_shelf": {}, "versus": {}}
+    for name, c in curves.items():
+        losses = c / start
+        result["tuned"][name] = losses_of(losses, lambda x: x.min(1))
+        result["off_the_shelf"][name] = losses_of(losses, lambda x: x[:, x.mean(0).argmin()])
+        if name != "learned":
+            result["versus"][name] = versus(test, c[..., 1])
+    return result
 
 
 def costs(family, optimizers, steps=50, turns=9):
-    """{name: (seconds of an inner step, bytes of the optimizer's state)} on one task: medians of runs taken in turn."""
-    key, programs = jax.random.key(0), {}
-    task = family.sample(key)
-    for name, optimizer in optimizers.items():
-        step = lambda inner, key, optimizer=optimizer: (tasks.inner_step(family, optimizer, task, inner, key), None)
-        train = jax.jit(lambda inner, step=step: jax.lax.scan(step, inner, jax.random.split(key, steps))[0])
+    """{name: (seconds of an inner step, bytes of the state)}: medians of runs taken in turn."""
+    key = random.key(0)
+    task, runs, sizes = family.sample(key), [], []
+    for optimizer in optimizers.values():
         inner = tasks.init_inner(family, optimizer, task, key)
-        jax.block_until_ready(train(inner))  # compiles
-        programs[name] = train, inner
-    times = {name: [] for name in programs}
-    for _ in range(turns):
-        for name, (train, inner) in programs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(train(inner))
-            times[name].append((time.perf_counter() - begin) / steps)
-    return {name: (float(np.median(times[name])), sum(x.nbytes for x in jax.tree.leaves(inner.opt_state)))
-            for name, (_, inner) in programs.items()}
+        run = functools.partial(train, family, optimizer, task, inner, key, steps)
+        runs.append(jax.jit(run))
+        sizes.append(sum(x.nbytes for x in tree.leaves(inner.opt_state)))
+
+    def seconds(run):
+        begin = time.perf_counter()
+        jax.block_until_ready(run())
+        return time.perf_counter() - begin
+
+    times = [[seconds(run) for run in runs] for _ in range(1 + turns)]
+    medians = np.median(times[1:], 0) / steps  # the first runs compiled
+    return dict(zip(optimizers, zip(medians, sizes)))
 
 
 def print_summary(name, result):
-    """The tables of `summary` for a family of tasks."""
-    columns = [f"{split}_{label}_{s}" for split in ("train", "test") for label in ("mean_loss", "final_loss")
-               for s in ("mean", "median")]
-    print(f"\n{name}: {result['tasks']} tasks, {result['horizon']} steps; losses relative to the start")
-    print(f"{'':20}{'train: mean loss':>18}{'final loss':>18}{'test: mean loss':>18}{'final loss':>18}")
-    for regime, label in (("off_the_shelf", "one setting for all"), ("tuned", "best for each task")):
+    """The tables of `summary`."""
+    print(f"\n{name}: {result['tasks']} tasks, {result['horizon']} steps; "
+          "losses relative to the start")
+    print(f"{'train: mean loss':>38}{'final loss':>18}{'test: mean loss':>18}{'final loss':>18}")
+    regimes = {"off_the_shelf": "one setting for all", "tuned": "best for each task"}
+    for regime, label in regimes.items():
         print(f"{label:20}" + f"{'mean':>9}{'median':>9}" * 4)
         for name, row in result[regime].items():
-            if regime == "tuned" or name != "learned":
-                print(f"{name:20}" + "".join(f"{row[c]:9.3f}" for c in columns))
-    print(f"{'learned, against':20}{'lower mean test loss':>24}{'lower final test loss':>24}{'times as fast':>24}")
-    for name, against in result["versus"].items():
-        print(f"{name:20}" + "".join(f"{against[c]:11.0%} ({low:.0%} to {high:.0%})".rjust(24) for c in ("win_mean", "win_final")
-                                     for low, high in [against[c + "_95"]])
-              + "{:.2f} ({:.2f} to {:.2f})".format(against["speedup"], *against["speedup_95"]).rjust(24))
+            print(f"{name:20}", *(f"{x:8.3f}" for x in row.values()))
+    print(f"{'learned, against':20}{'lower mean test loss':>24}{'lower final test loss':>24}"
+          f"{'times as fast':>24}")
+    for name, row in result["versus"].items():
+        line = f"{name:20}"
+        for key, form in {"win_mean": ".0%", "win_final": ".0%", "speedup": ".2f"}.items():
+            low, high = row[f"{key}_95"]
+            cell = f"{row[key]:{form}} ({low:{form}} to {high:{form}})"
+            line += f"{cell:>24}"
+        print(line)
     print(f"diverged runs of the learned optimizer: {result['diverged']}")
 
 
-def picture(path, curves):
-    """Test curves of four tasks, and per task how far the learned optimizer ends up below tuned Adam."""
-    figure, axes = plt.subplots(1, 5, figsize=(18, 3.4), layout="constrained")
-    steps = np.arange(curves["learned"].shape[2]) * EVERY
-    for i, axis in enumerate(axes[:4]):
-        for name in ("Adam", "Adam + cosine", "Muon + cosine", "learned"):
-            test = curves[name][i, ..., 1]
-            axis.plot(steps, test[figures(test, mean_loss).argmin()], label=name, color={"learned": "C3"}.get(name),
-                      lw=2 if name == "learned" else 1.2)
-        axis.set(title=f"task {i}", xlabel="step", ylabel="test loss" if i == 0 else None)
-    axes[0].legend()
-    log2 = lambda name, value: np.log2(np.maximum(best(curves[name][..., 1], value), 1e-30))  # some functions are solved exactly
-    ratio = lambda value: log2("learned", value) - log2("Adam", value)
-    for value, label in ((mean_loss, "mean test loss"), (final_loss, "final test loss")):
-        axes[4].hist(np.clip(ratio(value), -1, 1), bins=np.linspace(-1, 1, 41), alpha=0.6, label=label)
-    axes[4].axvline(0, color="black", lw=1)
-    axes[4].set(title="all tasks", xlabel="log2(learned / tuned Adam)", ylabel="tasks")
-    axes[4].margins(y=0.35)  # room for the legend
-    axes[4].legend(loc="upper right")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+# ---------------------------------------------------------------- pictures
+
+def picture(path, rows, looks):
+    """The only plotter of the program: rows (panel, line, x, y) as a picture in the file `path`.
+
+    A line goes through the medians of the rows that share an x, their range is shaded; where x is a
+    word, a marker takes the line's place. looks: what axis.set is told of all panels and, under a
+    panel's name, of that one instead. ValueError for a kind of file that matplotlib can't write.
+    """
+    panels = {}
+    for panel, line, x, y in rows:
+        points = panels.setdefault(panel, {}).setdefault(line, {})
+        points.setdefault(x, []).append(y)
+    n = len(panels) or 1
+    columns = n if n in (1, 2, 5) else 3
+    down = -(-n // columns)
+    figure = Figure((4.5 * columns, 3.6 * down), layout="constrained")
+    colors, unused = {"learned": "C3"}, itertools.cycle("012456789")
+    shared = {name: look for name, look in looks.items() if name not in panels}
+    for i, panel in enumerate(panels):
+        axis = figure.add_subplot(down, columns, 1 + i)
+        for line, points in panels[panel].items():
+            color = colors[line] = colors.get(line) or f"C{next(unused)}"
+            middle, low, high = ([f(ys) for ys in points.values()] for f in (np.median, min, max))
+            xs, mark, span = list(points), "-", axis.fill_between
+            if isinstance(xs[0], str):
+                mark, span = "o", axis.vlines
+                axis.tick_params(axis="x", labelrotation=60)
+            span(xs, low, high, color=color, alpha=0.3)
+            width = 2.5 if line == "learned" else 1.2
+            axis.plot(xs, middle, mark, color=color, lw=width, label=line)
+        axis.set(**{"title": panel} | shared | looks.get(panel, {}))
+        axis.legend(fontsize="small")
+    with machine.whole(path) as partial:
+        figure.savefig(partial, format=Path(path).suffix[1:] or "png")
 
 
-# ---------------------------------------------------------------- kinds of task that nothing here is ever meta-trained on
-
-def wide_and_deep():
-    """The mlp family beyond what meta-training saw: four hidden layers of 128 units."""
-    family = tasks.mlp("held_out", max_depth=4, max_width=128)
-    largest = dict(depth=jnp.int32(4), widths=jnp.full(4, 128))
-    return family._replace(sample=lambda key: family.sample(key)._replace(**largest))
-
-
-def mlp_with_batches(size, max_batch):
-    """The mlp family with training batches of that one size."""
-    family = tasks.mlp("held_out", max_batch=max_batch)
-
-    def sample(key):
-        task = family.sample(key)
-        return task._replace(letters=task.letters._replace(batch_size=jnp.int32(size)))
-
-    return family._replace(sample=sample)
+def compare_picture(path, curves):
+    """Test losses on four tasks; on all, how far the learned optimizer's are from tuned Adam's."""
+    rows = []
+    for name in ("Adam", "Adam + cosine", "Muon + cosine", "learned"):
+        tests = tuned(curves[name][:4, ..., 1], mean_loss)
+        rows += [(f"task {i}", name, EVERY * t, y) for (i, t), y in np.ndenumerate(tests)]
+    for name, value in VALUES.items():
+        learned, adam = (best(curves[k][..., 1], value) + 1e-30 for k in ("learned", "Adam"))
+        ratios = np.sort(np.log2(learned / adam).clip(-1, 1))
+        line, n = f"{name} test loss", len(ratios)
+        rows += [("all tasks", line, i / n, y) for i, y in enumerate(ratios)]
+    looks = dict(xlabel="step", ylabel="test loss")
+    compared = dict(xlabel="share of tasks", ylabel="log2(learned / tuned Adam)", ylim=(-1, 1))
+    picture(path, rows, looks | {"all tasks": compared})
 
 
-def one_example():
-    """The mlp family with batches of a single training example."""
-    return mlp_with_batches(1, max_batch=64)
+# ---------------------------------------------------------------- the outer loss, and what it fits
+
+CAP = 10 * 10 ** 0.5  # the outer loss of ten times the start, at the end; P1 caps the loss at 10
+SPLITS = {"valid": "outer_valid", "train": "train"}  # where the batches of the outer loss come from
+MULTIPLES = 2.0 ** np.linspace(-1.5, 0.5, 5)  # of the step size, tried by `fit_step_size`
+BIASES = 2.0 ** -np.arange(5)  # of the step size of biases, likewise
 
 
-def full_batch():
-    """The mlp family with 256 training examples, all of them in every batch: gradients without noise, and soon overfitted."""
-    family = mlp_with_batches(256, max_batch=256)
-    same = lambda key, split: jax.random.key(0) if split == "train" else key
-    return family._replace(batch=lambda task, key, split: family.batch(task, same(key, split), split))
+def outer_loss(loss, start, progress, baseline=0.0):
+    """10 (t/T)^4 sqrt(l / l_0): what a loss l counts after inner step t of T (progress = t/T) in a
+    task that began at l_0.
+
+    Dividing by l_0 makes tasks comparable. The rest is this project's: the root lets neither the
+    tasks that can be solved dominate, as the logarithm would, nor those that can't, as l / l_0
+    would; and where training ends matters more than how it begins. The 1e-6 keeps the root
+    differentiable at l = 0. With the root b that a task's best baseline reaches, the root r becomes
+    (r - b) / (1 - b), as P2 (section 3.2) normalises: 1 is the start, 0 as good as the baseline.
+    """
+    root = jnp.sqrt(loss / start + 1e-6)
+    return 10 * progress ** 4 * ((root - baseline) / (1 - baseline))
 
 
-def plain_weights(key, shapes):
-    """{name: standard normal / sqrt(rows) of that shape}."""
-    keys = jax.random.split(key, len(shapes))
-    return {name: jax.random.normal(k, shape) / np.sqrt(shape[0]) for k, (name, shape) in zip(keys, shapes.items())}
-
-
-def residual(channels=12, blocks=2):
-    """Classification of letters by a residual net of 3x3 convolutions, the mean over all positions, and a linear head."""
-    choose, letter_batch = tasks.letter_batches("held_out", 32)
-    inside = {f"block{i}/{j}": (9 * channels, channels) for i in range(blocks) for j in range(2)}
-    shapes = {"in": (9, channels), **inside, "out": (channels, 10)}
-    rows = lambda b, x: jnp.expand_dims(b, tuple(range(x.ndim - 1)))
-
-    def sample(key):
-        class_key, key = jax.random.split(key)
-        return choose(class_key, jax.random.uniform(key, (4,)))
-
-    def init(task, key):
-        return plain_weights(key, shapes) | {f"{name}/b": jnp.zeros(shape[1]) for name, shape in shapes.items()}
-
-    def loss(task, params, batch):
-        x, y, weight = batch
-        layer = lambda name, x: x @ params[name] + rows(params[f"{name}/b"], x)
-        h = layer("in", tasks.patches(x.reshape(-1, 8, 8, 1), 2))  # [B, 4, 4, channels]
-        for i in range(blocks):
-            inner = layer(f"block{i}/0", tasks.patches(jax.nn.relu(h), 1))
-            h = h + layer(f"block{i}/1", tasks.patches(jax.nn.relu(inner), 1))
-        logits = layer("out", jnp.mean(jax.nn.relu(h), (1, 2)))
-        return tasks.weighted_mean(tasks.cross_entropy(logits, y), weight)
-
-    return tasks.TaskFamily("residual", sample, init, letter_batch, loss)
-
-
-def transformer(width=24, heads=2, length=16, size=8):
-    """Character-level language modelling by one block of causal attention and a feed-forward layer, both on normalised inputs."""
-    text, n = {split: jnp.asarray(x) for split, x in tasks.texts("held_out").items()}, len(tasks.SYMBOLS)
-    shapes = {"place": (length, width), "query": (width, width), "key": (width, width), "value": (width, width),
-              "mix": (width, width), "up": (width, 4 * width), "down": (4 * width, width), "out": (width, n)}
-
-    def init(task, key):
-        embed_key, key = jax.random.split(key)
-        return plain_weights(key, shapes) | {"embed": jax.random.normal(embed_key, (n, width))}
-
+@functools.cache
+def watched(family, target):
+    """The family with the batches of the outer loss where the test split's are asked for."""
     def batch(task, key, split):
-        start = jax.random.randint(key, (size, 1), 0, len(text[split]) - length)
-        return text[split][start + jnp.arange(length + 1)[None]]
-
-    def loss(task, params, characters):
-        h = params["embed"][characters[:, :-1]] + params["place"][None]  # [B, length, width]
-        x = jax.nn.standardize(h)
-        q, k, v = ((x @ params[name]).reshape(size, length, heads, -1) for name in ("query", "key", "value"))
-        h = h + jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(h.shape) @ params["mix"]
-        h = h + jax.nn.relu(jax.nn.standardize(h) @ params["up"]) @ params["down"]
-        return jnp.mean(tasks.cross_entropy(jax.nn.standardize(h) @ params["out"], characters[:, 1:]))
-
-    return tasks.TaskFamily("transformer", lambda key: (), init, batch, loss)
+        return family.batch(task, key, SPLITS[target] if split == "test" else split)
+    return family._replace(batch=batch)
 
 
-def own_training(steps=20, count=8):
-    """A learned optimizer's own meta-training (after P2 figure 8): the parameters are a small per-parameter MLP's theta, the loss
-    is its mean root relative loss over a short training of fresh functions."""
-    learned, family = model.per_parameter_mlp(hidden=8), tasks.function("held_out")
-
-    def batch(task, key, split):
-        return jax.random.split(jax.random.fold_in(key, tasks.SPLITS.index(split)), count)
-
-    def loss(task, theta, keys):
-        optimizer = learned.optimizer(theta)
-
-        def unroll(key):
-            task_key, init_key, key = jax.random.split(key, 3)
-            inner_task = family.sample(task_key)
-            value = lambda inner: family.loss(inner_task, inner.params, family.batch(inner_task, key, "test"))
-
-            def step(inner, key):
-                inner = tasks.inner_step(family, optimizer, inner_task, inner, key)
-                return inner, value(inner)
-
-            start = tasks.init_inner(family, optimizer, inner_task, init_key)
-            losses = jax.lax.scan(step, start, jax.random.split(key, steps))[1]
-            return jnp.mean(jnp.sqrt(jnp.minimum(losses / value(start), 10.0) + 1e-6))
-
-        return jnp.mean(estimators.over_rows(unroll, keys))  # vmapped on a CPU, LAPACK's QR in `sample` can wait for itself for good
-
-    return tasks.TaskFamily("own_training", lambda key: (), lambda task, key: learned.init(key), batch, loss)
+def outer_losses(curves):
+    """Mean capped `outer_loss` of the episodes of `watched` tasks: [n, h, points, 2] -> [n, h]."""
+    losses = np.asarray(curves)[..., 1]
+    progress = np.linspace(0, 1, losses.shape[2])[None, None, 1:]
+    values = outer_loss(losses[..., 1:], losses[..., :1], progress)
+    return np.fmin(values, CAP).mean(2)  # NaN counts as the cap
 
 
-KINDS = {f.__name__: f for f in (wide_and_deep, one_example, full_batch, residual, transformer, own_training)}
+def make_pool(family, count, horizon, target):
+    """M = `count` tasks, the same for all seeds -> (keys [M], baselines [M]); None for no tasks.
+
+    The keys are for `family.sample`, the baselines for `outer_loss`: the share of it that Adam,
+    tuned for each task, is left with; at most 0.9, since P2 caps what such a division gives, too.
+    """
+    if not count:
+        return None
+    print(f"Adam is tuned on {count} tasks of {family.name}, unless that was done before",
+          flush=True)
+    keys = random.split(random.key(2 ** 31), count)
+    curves = kept_curves(watched(family, target), model.adam, RATES, keys, horizon)
+    still = outer_losses(np.ones_like(curves))[:, 0]  # of a task that stays where it began
+    sampled = jax.vmap(lambda key: random.split(key, 4)[0])(keys)  # as in `learning_curve`
+    return sampled, jnp.minimum(outer_losses(curves).min(1) / still, 0.9)
+
+
+def lowest(multiples, values):
+    """Where the mean over tasks of values [tasks, multiples] is least."""
+    return multiples[values.mean(0).argmin()]
+
+
+def cautious_minimum(multiples, values):
+    """`lowest`, but between the multiples, less two standard errors; within their range.
+
+    Each task has its parabola over the logarithm of the multiple. That its slope differs from task
+    to task makes the lowest point of the mean one uncertain; of what can't be told apart from it,
+    the shortest steps are the safest.
+    """
+    x = np.log(multiples)
+    half_curvatures, slopes, _ = np.polyfit(x, values.T, 2)  # [tasks] each; slopes at x = 0
+    curvatures = 2 * half_curvatures
+    curvature = curvatures.mean()
+    if curvature <= 0:
+        return lowest(multiples, values)
+    bottom = -slopes.mean() / curvature
+    error = (slopes + curvatures * bottom).std() / len(values) ** 0.5 / curvature
+    return np.exp((bottom - 2 * error).clip(x[0], x[-1]))
+
+
+def fit_step_size(learned, theta, families, keys, horizon, target):
+    """Theta with the steps of biases, then all, multiplied by what makes the outer loss least.
+
+    Along the step size, backprop's slope was seen to disagree with finite differences. Two numbers
+    need no gradient: five multiples of each are tried on the tasks of keys [n], of each TaskFamily;
+    of all steps' outer losses, parabolas tell the rest. Theta needs log_bias and log_lr.
+    """
+    def fitted(theta, entry, multiples, choose):
+        variants = tree.map(lambda x: jnp.stack([x] * len(multiples)), theta)
+        variants[entry] += jnp.log(jnp.float32(multiples))
+        curves = []
+        for family in families:
+            family = watched(family, target)
+            curves.append(learning_curves(family, learned.optimizer, variants, keys, horizon))
+        values = outer_losses(np.concatenate(curves))  # [tasks, multiples]
+        losses = f"{values.mean(0).round(4)} at {multiples.round(2)} x"
+        print(f"{entry}: outer loss {losses}", flush=True)
+        multiple = choose(multiples, values)
+        return theta | {entry: theta[entry] + jnp.float32(np.log(multiple))}, multiple
+
+    theta, bias = fitted(theta, "log_bias", BIASES, lowest)
+    theta, every = fitted(theta, "log_lr", MULTIPLES, cautious_minimum)
+    print(f"steps of biases multiplied by {bias:.3g}, then all by {every:.3g}")
+    return theta
 
 
 # ---------------------------------------------------------------- the command line
 
-def configure_jax(devices=None):
-    """One device per core, since small steps don't fill two from one; and compiled programs are kept for the next launch.
+def number(kind, low, high=np.inf):
+    """An argparse type: a number of that kind from `low` to `high`."""
+    def parse(text):
+        value = kind(text)
+        if low <= value <= high:  # NaN is not
+            return value
+        raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
+    return parse
 
-    They are in matplotlib's cache folder, or wherever the environment's JAX_COMPILATION_CACHE_DIR says.
-    """
-    devices = devices or os.cpu_count()
-    if devices != jax.config.jax_num_cpu_devices:  # once JAX has begun, setting it is an error
-        jax.config.update("jax_num_cpu_devices", devices)
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", os.path.join(matplotlib.get_cachedir(), "learned_optimizer_programs"))
+
+def command_line():
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
+    add = parser.add_argument
+    add("theta", nargs="?", default=PRETRAINED,
+        help="meta-parameters written by meta_train.py (default: the shipped ones)")
+    add("--family", choices=[*tasks.FAMILIES, *kinds.KINDS], default="mlp",
+        help="of the tasks (default: mlp)")
+    add("--data", help="your own data instead: a file with x_train, y_train, x_test, y_test")
+    add("--net", choices=("mlp", "conv"), default="mlp",
+        help="what is trained on your data (default: mlp)")
+    add("--tasks", type=number(int, 4), help="how many (default: 128; 8 starts on your data)")
+    add("--horizon", type=number(int, EVERY), default=model.HORIZON,
+        help=f"inner steps, a multiple of {EVERY} (default: {model.HORIZON})")
+    add("--seed", type=number(int, 1 - 2 ** 31, 2 ** 31 - 1), default=0,
+        help="of the tasks, initialisations and batches")
+    add("--json", help="also write the table to this file")
+    add("--picture",
+        help="where to draw (default: comparison-<family or data>.png beside theta)")
+    return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0] + ".")
-    parser.add_argument("theta", nargs="?", default=PRETRAINED, help="meta-parameters written by meta_train.py (default: the shipped ones)")
-    parser.add_argument("--family", choices=[*tasks.FAMILIES, *KINDS], default="mlp", help="of the tasks (default: mlp)")
-    parser.add_argument("--data", metavar="FILE", help="compare on your own data instead: an .npz file with x_train, y_train, x_test, y_test")
-    parser.add_argument("--net", choices=("mlp", "conv"), default="mlp", help="what is trained on your data (default: mlp)")
-    parser.add_argument("--tasks", type=int, help="tasks to compare on (default: 128 held-out ones; 8 starts on your data)")
-    parser.add_argument("--horizon", type=int, default=model.HORIZON,
-                        help=f"inner steps, a multiple of {EVERY}; the optimizers are told, if they ask (default: {model.HORIZON})")
-    parser.add_argument("--seed", type=int, default=0, help="of the tasks, initialisations and batches")
-    parser.add_argument("--json", metavar="FILE", help="also write the table here")
-    parser.add_argument("--picture", metavar="FILE", help="where to draw (default: comparison-<family or data>.png beside theta)")
-    options = parser.parse_args()
-    if options.tasks is None:
-        options.tasks = 8 if options.data else 128
-    if options.tasks < 4 or options.horizon < EVERY or options.horizon % EVERY or abs(options.seed) >= 2 ** 31:
-        parser.error(f"--tasks must be at least 4, --horizon a positive multiple of {EVERY}, and --seed smaller than 2^31.")
+    begin, parser = time.time(), command_line()
+    o = parser.parse_args()
+    name, count = (o.family, 128) if o.data is None else ("data", 8)
     try:
-        learned, theta = model.load(options.theta, options.horizon)
-        family = (tasks.dataset(model.read_npz(options.data), options.net) if options.data
-                  else tasks.FAMILIES[options.family]("held_out") if options.family in tasks.FAMILIES
-                  else KINDS[options.family]()._replace(name=options.family))
-        target = options.picture or os.path.join(os.path.dirname(options.theta), f"comparison-{family.name}.png")
-        for file in (target, options.json):
-            if file and not os.path.isdir(os.path.dirname(file) or "."):
+        learned, theta = model.load(o.theta, o.horizon)
+        target = o.picture or Path(o.theta).with_name(f"comparison-{name}.png")
+        for file in (target, o.json or target):
+            if not Path(file).parent.is_dir():
                 raise ValueError(f"There is no folder to write {file} to.")
+        if o.horizon % EVERY:
+            raise ValueError(f"--horizon must be a multiple of {EVERY}, not {o.horizon}.")
+        if name == "data":
+            family = tasks.own(machine.read_npz(o.data), o.net)
+        elif name in kinds.KINDS:
+            family = kinds.KINDS[name]()
+        else:
+            family = tasks.FAMILIES[name]("held_out")
     except ValueError as error:
         parser.error(str(error))
-    print(f"{options.theta}: {model.about(options.theta)}")
-    start = time.time()
-    curves = compare(family, learned, theta, options.tasks, options.horizon, options.seed, BASELINES | SEARCHES)
-    result = summary(curves) | {"costs": costs(family, {"Adam": model.adam(0.01), "learned": learned.optimizer(theta)})}
-    print_summary(family.name, result)
-    (adam_time, adam_bytes), (time_taken, state_bytes) = (result["costs"][name] for name in ("Adam", "learned"))
-    print(f"a step takes {time_taken / adam_time:.2f} times as long as Adam's ({1e6 * time_taken:.0f} us), so in seconds it is "
-          f"{result['versus']['Adam']['speedup'] * adam_time / time_taken:.2f} times as fast; its state is "
-          f"{state_bytes / adam_bytes:.1f} times Adam's")
+    print(f"{o.theta}: {model.about(o.theta)}")
+    curves = compare(family, learned, theta, o.tasks or count, o.horizon, o.seed, BASELINES | LISTS)
+    step = costs(family, {"Adam": model.adam(0.01), "learned": learned.optimizer(theta)})
+    result = summary(curves) | {"costs": step}
+    print_summary(name, result)
+    slower, larger = np.divide(step["learned"], step["Adam"])
+    faster = result["versus"]["Adam"]["speedup"] / slower
+    print(f"a step takes {slower:.2f} times as long as Adam's ({1e6 * step['learned'][0]:.0f} us), "
+          f"so in seconds it is {faster:.2f} times as fast; its state is {larger:.1f} times Adam's")
     try:
-        if options.json:
-            with open(options.json, "w") as file:
-                json.dump(result, file, indent=2)
-        picture(target, curves)
-    except (OSError, ValueError) as error:  # a ValueError is matplotlib's, for a kind of picture that it does not know
+        if o.json:
+            Path(o.json).write_text(json.dumps(result, indent=2))
+        compare_picture(target, curves)
+    except (OSError, ValueError) as error:  # a ValueError is matplotlib's
         parser.error(f"The comparison is done, but could not be written: {error}.")
-    print(f"{time.time() - start:.0f} s; picture: {target}")
+    print(f"{time.time() - begin:.0f} s; picture: {target}")
 
 
 if __name__ == "__main__":
-    configure_jax()
+    machine.configure_jax()
     main()

@@ -1,465 +1,414 @@
 """The program as its users meet it: runs, resumes after kill -9, refuses what it can't do."""
-import concurrent.futures
 import csv
 import dataclasses
-import itertools
+import functools
+import importlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import pytest
+from jax import random, tree
 
+import data
+import estimators
 import evaluate
+import machine
 import meta_train
 import model
 import tasks
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = ["--tasks", "function", "--optimizer", "per_parameter_mlp", "--horizon", 20, "--truncation", 20, "--num-pairs", 2, "--seed", 3, "--fit", 4,
-        "--compare", 4]
-STEPS = 80
+ROOT = Path(__file__).parent.parent
+TINY = ("--tasks function --optimizer per_parameter_mlp --horizon 20 --truncation 20 --seed 3").split()
+SETTINGS = meta_train.Settings(
+    tasks=("function",), optimizer="per_parameter_mlp", horizon=20, truncation=20, seed=3)
 
 
-def start(*arguments, cwd, prelude="import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"):
-    """meta_train.py as a process of its own; the prelude makes Ctrl-C work there even if it is ignored here."""
-    code = f"{prelude}; import runpy, sys; sys.path.insert(0, {ROOT!r}); sys.argv = sys.argv[1:]; " \
-           "runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, os.path.join(ROOT, "meta_train.py"), *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def bowl(pool="meta_train"):
+    """A family that compiles in no time; each split has its own minimum."""
+    def batch(task, key, split):
+        return 0.1 * data.SPLITS.index(split) + 0.1 * random.normal(key, (3,))
+
+    return tasks.TaskFamily(
+        "bowl", lambda key: random.uniform(key, (3,), minval=0.5),
+        lambda task, key: {"x": 1 + random.normal(key, (3,))}, batch,
+        lambda task, params, batch: jnp.sum(task * (params["x"] - batch) ** 2))
 
 
-def run(*arguments, **options):
-    process = start(*arguments, **options)
-    out, err = process.communicate(timeout=200)
-    return process.returncode, out, err
+def rate_of(theta):
+    return jnp.exp(theta["log_lr"] + theta["log_bias"])
 
 
-def theta_of(folder):
-    return {k: np.asarray(x) for k, x in model.load(folder / "theta.npz")[1].items()}
+def rates(horizon=400):
+    """A learned optimizer that does, too: SGD of a learned rate."""
+    def update(theta, grads, state, params=None, **losses):
+        return tree.map(lambda g: -rate_of(theta) * jnp.nan_to_num(g), grads), state
+
+    return model.LearnedOptimizer(
+        lambda key: dict(zip(("log_lr", "log_bias"), 0.1 * random.normal(key, (2,)) - 1.5)),
+        lambda theta: model.Optimizer(lambda params: (), functools.partial(update, theta)))
+
+
+made = functools.cache(meta_train.make_outer)
+
+
+def make_outer(settings):
+    """Compiled once: what else a run is told doesn't change an outer step."""
+    return made(dataclasses.replace(settings, outer_steps=1, minutes=1.0, save_seconds=1.0))
+
+
+def play(monkeypatch):
+    monkeypatch.setitem(tasks.FAMILIES, "function", bowl)
+    monkeypatch.setitem(model.LEARNED, "per_parameter_mlp", rates)
+    monkeypatch.setattr(meta_train, "make_outer", make_outer)
+    monkeypatch.setattr(meta_train, "finish", lambda *_: None)
+    monkeypatch.setattr(evaluate, "picture", lambda *_: None)
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    play(monkeypatch)
+
+
+def main(*arguments):
+    """The command in this process, with the devices that JAX has here."""
+    sys.argv = ["meta_train.py", "--devices", "2", *map(str, arguments)]
+    meta_train.main()
+
+
+def refused(program, arguments, monkeypatch, capsys):
+    """The one sentence with which a program refuses its arguments."""
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(program).main()
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in err, arguments
+    assert err.splitlines()[-1].startswith(f"{program}.py: error: "), (arguments, err)
+    return err.splitlines()[-1]
+
+
+def log_of(folder):
+    """Its rows but for the seconds."""
+    with open(folder / "log.csv") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
 def steps_logged(folder):
-    with open(folder / "log.csv") as file:
-        return [int(row["step"]) for row in csv.DictReader(file)]
+    return [int(row["step"]) for row in log_of(folder)]
+
+
+def outer_steps_done(folder):
+    path = folder / "theta.npz"
+    return model.about(path)["outer_steps_done"] if path.exists() else -1
+
+
+def wait_until(ready, *processes):
+    deadline = time.monotonic() + 600
+    while not ready():
+        assert time.monotonic() < deadline
+        assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
+        time.sleep(0.02)
+
+
+def start(*arguments, cwd):
+    """A process that runs meta_train.py with the toys, and not too fast."""
+    code = (f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import time, pytest\n"
+            "import meta_train, test_meta_train; test_meta_train.play(pytest.MonkeyPatch())\n"
+            "meta_train.report = lambda *_: time.sleep(0.02); sys.argv[0] = 'meta_train.py'\n"
+            "meta_train.main()")
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=cwd,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_run_ends_with_the_table_and_all_files_and_the_fit_changes_the_step_size_alone(tmp_path):
+    """The only one without toys."""
+    command = [ROOT / "meta_train.py", *TINY, *"--outer-steps 9 --fit 4 --compare 4 --out run".split()]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=600)
+    folder, out = tmp_path / "run", done.stdout
+    assert done.returncode == 0, done.stderr
+    assert set(os.listdir(folder)) == {"theta.npz", "checkpoint.npz", "log.csv", "curves.png",
+                                       "comparison-function.png", "table.json"}
+    assert steps_logged(folder) == list(range(1, 10)) and "learned, against" in out
+    assert json.loads((folder / "table.json").read_text())["function"]["tasks"] == 4
+    facts, (_, theta) = model.about(folder / "theta.npz"), model.load(folder / "theta.npz")
+    assert dict(outer_steps_done=9, seed=3, fit=4, tasks=["function"]).items() <= facts.items()
+    stored = machine.read_npz(folder / "checkpoint.npz")
+    multiples = re.search(r"steps of biases multiplied by (\S+), then all by (\S+)\n", out).groups()
+    for i, (name, x) in enumerate(sorted(theta.items()), len(theta)):  # the average's leaves
+        multiple = dict(zip(("log_bias", "log_lr"), multiples)).get(name, 1)  # of three digits
+        np.testing.assert_allclose(x - stored[f"leaf{i:04}"], np.log(float(multiple)), atol=0.006)
+        assert multiple != 1 or (x == stored[f"leaf{i:04}"]).all()
+
+
+def test_kill_and_resume_is_bit_identical(toys, tmp_path):
+    folder, whole, arguments = tmp_path / "run", tmp_path / "whole", [*TINY, "--outer-steps", 150]
+    process = start(*arguments, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
+    main(*arguments, "--out", whole)
+    wait_until(lambda: outer_steps_done(folder) > 0, process)
+    process.kill()
+    process.communicate()
+    assert outer_steps_done(folder) < 150 and model.load(folder / "theta.npz")  # not cut off
+    process = start("--resume", folder, cwd=tmp_path)
+    assert process.communicate(timeout=600)[1] == "" and process.returncode == 0
+    mine, reference = (machine.read_npz(x / "checkpoint.npz") for x in (folder, whole))
+    assert all((mine[k] == x).all() for k, x in reference.items() if k.startswith("leaf"))
+    assert log_of(folder) == log_of(whole) and steps_logged(folder) == list(range(1, 151))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    code, out, err = run(*TINY, "--outer-steps", STEPS, "--out", folder, cwd=folder.parent)
-    assert code == 0, err
-    return folder, out
+def small(tmp_path_factory):
+    """A run of five steps."""
+    folder = tmp_path_factory.mktemp("small") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        play(monkeypatch)
+        main(*TINY, "--outer-steps", 5, "--out", folder)
+    return folder
 
 
-def test_a_run_ends_with_the_table_and_all_files(whole):
-    folder, out = whole
-    assert {"theta.npz", "checkpoint.npz", "log.csv", "curves.png", "comparison-function.png", "table.json"} == set(os.listdir(folder))
-    assert all(words in out for words in ("first outer step", "steps of biases multiplied by", "4 tasks", "learned, against"))
-    assert steps_logged(folder) == list(range(1, STEPS + 1))
-    assert json.loads((folder / "table.json").read_text())["function"]["tasks"] == 4
-    facts = model.about(folder / "theta.npz")
-    assert facts["outer_steps_done"] == STEPS and facts["seed"] == 3 and facts["tasks"] == "function"
-    assert all(np.isfinite(x).all() for x in theta_of(folder).values())
-    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(matplotlib.get_cachedir(), "learned_optimizer_programs")
-    assert any("outer_step" in name for name in os.listdir(programs))
-
-
-def wait_for_steps(process, folder, more):
-    """Until there is a checkpoint and the log has grown by `more` rows."""
-    deadline, begin = time.time() + 120, None
-    while begin is None or len(steps_logged(folder)) < begin + more:
-        assert time.time() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.02)
-        if begin is None and (folder / "checkpoint.npz").exists():
-            begin = len(steps_logged(folder))
-
-
-def test_kill_and_resume_is_bit_identical(whole, tmp_path):
-    folder = tmp_path / "run"
-    process = start(*TINY, "--outer-steps", STEPS, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
-    wait_for_steps(process, folder, 15)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    model.load(folder / "theta.npz")  # whole, wherever the kill hit
-    process = start("--resume", folder, cwd=tmp_path)
-    deadline = time.time() + 120
-    while model.about(folder / "theta.npz")["outer_steps_done"] < STEPS:
-        assert time.time() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.kill()  # it would go on to fit and to compare
-    process.communicate()
-    mine, reference = (model.read_npz(x / "checkpoint.npz") for x in (folder, whole[0]))
-    assert all((mine[k] == reference[k]).all() for k in reference if k.startswith("leaf"))
-    assert steps_logged(folder) == list(range(1, STEPS + 1))
+def interrupted(monkeypatch, interruption):
+    """interruption(run) before each outer step; it may return another Run."""
+    begin, steps = make_outer(SETTINGS)
+    changed = {"function": lambda run, key: steps["function"](interruption(run) or run, key)}
+    monkeypatch.setattr(meta_train, "make_outer", lambda settings: (begin, changed))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_a_scheduler_save_and_leave_and_meanwhile_no_other_run_may(number, tmp_path):
-    folder = tmp_path / "run"
-    process = start(*TINY, "--outer-steps", 100000, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
-    wait_for_steps(process, folder, 5)
-    if number == signal.SIGINT:
-        code, out, err = run("--resume", folder, cwd=tmp_path)
-        assert code == 2 and "Another run is at work" in err and "Traceback" not in err
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped" in out and "Traceback" not in err
-    about = model.about(folder / "theta.npz")
-    assert about["outer_steps_done"] == steps_logged(folder)[-1] and about["fit"] == 0  # it says that it is not fitted yet
+def test_ctrl_c_and_a_scheduler_save_and_leave_and_meanwhile_no_other_run_may(
+        number, toys, tmp_path, monkeypatch, capsys):
+    folder, handler = tmp_path / "run", signal.getsignal(number)
+
+    def interruption(run):
+        if run.step == 3:
+            arguments = "--devices", 2, "--resume", folder
+            assert "Another run is at work" in refused("meta_train", arguments, monkeypatch, capsys)
+            os.kill(os.getpid(), number)
+
+    interrupted(monkeypatch, interruption)
+    main(*TINY, "--save-seconds", 1e-9, "--out", folder)
+    assert f"stopped; go on with --resume {folder}" in capsys.readouterr().out
+    assert outer_steps_done(folder) == steps_logged(folder)[-1] == 4
+    assert model.about(folder / "theta.npz")["fit"] == 0  # it says that it isn't fitted
+    assert signal.getsignal(number) == handler
 
 
-def test_a_full_disk_ends_the_run_but_not_the_last_save(whole, tmp_path):
-    """With files limited to 20 kB the first checkpoint can't be written: one sentence, and no partial file in its place."""
-    folder = tmp_path / "run"
-    os.makedirs(folder)
-    for name in ("checkpoint.npz", "theta.npz", "log.csv"):
-        (folder / name).write_bytes((whole[0] / name).read_bytes())
-    before = (folder / "checkpoint.npz").read_bytes()
-    code, out, err = run("--resume", folder, "--outer-steps", 100000, "--minutes", 0.01, cwd=tmp_path, prelude="import resource; "
-                         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))")
-    assert code == 2 and "Traceback" not in err and "File too large" in err, err
-    assert (folder / "checkpoint.npz").read_bytes() == before
+def test_a_full_disk_ends_the_run_but_not_the_last_save(small, toys, tmp_path, monkeypatch, capsys):
+    folder, limits = shutil.copytree(small, tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))  # bytes a file
+    try:
+        arguments = "--devices", 2, "--resume", folder, "--outer-steps", 9
+        assert "File too large" in refused("meta_train", arguments, monkeypatch, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(folder) == contents(small)
 
 
-def test_minutes_that_have_passed_leave_a_save_and_a_clock_that_jumps_changes_nothing(whole, tmp_path):
-    folder = tmp_path / "run"
-    process = start(*TINY, "--outer-steps", 5, "--minutes", 1e-9, "--out", folder, cwd=tmp_path)
-    deadline = time.time() + 120
-    while not (folder / "curves.png").exists():
-        assert time.time() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.kill()  # it would go on to fit and to compare
-    process.communicate()
-    assert steps_logged(folder) == [] and model.about(folder / "theta.npz")["outer_steps_done"] == 0
-    jumps = "import itertools, time; days = itertools.cycle((-1e6, 1e6, 0)); clock = time.time; time.time = lambda: clock() + next(days)"
-    process = start("--resume", folder, "--minutes", 5, cwd=tmp_path, prelude=jumps)
-    while model.about(folder / "theta.npz")["outer_steps_done"] < 5:
-        assert time.time() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
-    assert steps_logged(folder) == [1, 2, 3, 4, 5]
-    with open(folder / "log.csv") as mine, open(whole[0] / "log.csv") as reference:  # the same numbers but for the seconds
-        assert [row[:-1] for row in csv.reader(mine)] == [row[:-1] for row in itertools.islice(csv.reader(reference), 6)]
+def contents(folder):
+    return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
-def test_user_errors_end_in_one_sentence_and_write_nothing(whole, tmp_path, monkeypatch, capsys):
+def test_minutes_count_from_each_launch_and_a_clock_that_jumps_changes_nothing(
+        small, toys, tmp_path, monkeypatch):
+    clock, late, days = time.monotonic, [0.0], iter(np.tile((-1e6, 1e6, 0), 10 ** 5))
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + late[0])
+    monkeypatch.setattr(time, "time", lambda: 1.8e9 + next(days))
+    interrupted(monkeypatch, lambda run: late.append(late.pop() + 1e4 * (int(run.step) == 1)))
+    main(*TINY, "--outer-steps", 5, "--minutes", 5, "--out", tmp_path / "run")
+    assert steps_logged(tmp_path / "run") == [1, 2] and outer_steps_done(tmp_path / "run") == 2
+    folder = shutil.copytree(tmp_path / "run", tmp_path / "copy")  # of the other we have the lock
+    main("--resume", folder, "--minutes", 5)
+    assert log_of(folder) == log_of(small)
+    (begin, steps), rows = make_outer(SETTINGS), []
+    meta_train.train(SETTINGS, tmp_path, begin(random.key(3)), rows, steps, time.monotonic())
+    assert rows == [] and outer_steps_done(tmp_path) == 0
+
+
+def test_a_run_that_only_explodes_stops_and_leaves_the_last_good_save(toys, tmp_path, monkeypatch):
+    """Theta is NaN from the fourth outer step on."""
+    monkeypatch.setattr(meta_train, "PATIENCE", 20)
+    interrupted(monkeypatch, lambda run: run._replace(
+        theta=tree.map(lambda x: x * (jnp.nan if run.step >= 3 else 1), run.theta)))
+    (begin, steps), rows = meta_train.make_outer(SETTINGS), []
+    settings = dataclasses.replace(SETTINGS, save_seconds=1e-9)
+    with pytest.raises(ValueError, match="20 outer steps in a row"):
+        meta_train.train(settings, tmp_path, begin(random.key(0)), rows, steps)
+    assert [row["capped"] for row in rows] == [0] * 3 + [40] * 20
+    assert steps_logged(tmp_path) == [1, 2, 3] and outer_steps_done(tmp_path) == 3
+    assert all(np.isfinite(x).all() for x in model.load(tmp_path / "theta.npz")[1].values())
+
+
+WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tasks=; --optimizer adam;
+    --output relu; --estimator rtrl; --target test; --seed {10 ** 20}; --outer-steps many;
+    --outer-steps 0; --outer-steps {2 ** 31}; --minutes -1; --minutes nan; --clip 0; --fit -1;
+    --horizon 30 --truncation 30; --horizon 400 --truncation 300; --estimator pes --sigma 0; --sigma -1;
+    --num-pairs 0; --estimator merged --num-pairs 1; --decay-steps nan; --compare 3; --out small;
+    --out file; --out file/run; --out /proc/run; --resume nowhere; --resume empty; --resume damaged;
+    --resume foreign; --resume stranger; --resume=; --resume small --seed 4; --resume less;
+    --resume small --estimator es; --resume small --out other; --devices 0; --devices two; --wait 0;
+    --processes 2; --process 0; --coordinator here; --coordinator here:80;
+    --coordinator here:there --processes 2 --process 0; --coordinator here:80 --processes 2;
+    --coordinator here:80 --processes 2 --process 2; --coordinator here:80 --processes 2 --process -1""",
+         "evaluate": f"""missing.npz; foreign.npz; other.npz; --tasks 3; --tasks 0; --tasks many;
+    theta.npz --horizon 30; --nonsense; --family chess; theta.npz --data missing.npz; --seed {2 ** 31};
+    theta.npz --data other.npz; theta.npz --picture no/such/folder/picture.png;
+    theta.npz --json no/such/folder/table.json""",
+         "experiments": """nothing; landscape --out file/x; regularisation --theta missing.npz;
+    wall-clock --theta foreign.npz; landscape --theta theta.npz"""}
+
+
+@pytest.mark.parametrize("program", WRONG)
+def test_wrong_uses_end_in_one_sentence_and_write_nothing(
+        program, small, toys, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "damaged" / "checkpoint.npz").write_bytes((whole[0] / "checkpoint.npz").read_bytes()[:5000])
-    np.savez(tmp_path / "foreign" / "checkpoint.npz", x=np.ones(3))
-    (tmp_path / "stranger").mkdir()
-    np.savez(tmp_path / "stranger" / "checkpoint.npz", settings=np.array(5))
-    shutil.copytree(whole[0], tmp_path / "older")  # a checkpoint of another layout: one array less
-    arrays = model.read_npz(tmp_path / "older" / "checkpoint.npz")
-    np.savez(tmp_path / "older" / "checkpoint.npz", **{name: x for name, x in arrays.items() if name != "leaf0007"})
-    log = (tmp_path / "older" / "log.csv").read_bytes()
-    before = sorted(os.listdir(tmp_path))
-    for arguments in (["--nonsense"], ["--tasks", "mlp,chess"], ["--tasks", "mlp,mlp"], ["--tasks", ""], ["--optimizer", "adam"],
-                      ["--output", "relu"],
-                      ["--estimator", "rtrl"], ["--target", "test"], ["--seed", 10 ** 20],
-                      ["--outer-steps", "many"], ["--outer-steps", 0], ["--outer-steps", 2 ** 31], ["--minutes", -1], ["--minutes", "nan"],
-                      ["--horizon", 30, "--truncation", 30], ["--horizon", 400, "--truncation", 300],
-                      ["--estimator", "pes", "--sigma", 0], ["--sigma", -1], ["--num-pairs", 0], ["--estimator", "merged", "--num-pairs", 1],
-                      ["--clip", 0], ["--fit", -1], ["--decay-steps", "nan"], ["--compare", 3],
-                      ["--out", whole[0]], ["--out", tmp_path / "file"], ["--out", tmp_path / "file" / "run"], ["--out", "/proc/run"],
-                      ["--resume", tmp_path / "nowhere"], ["--resume", tmp_path / "empty"],
-                      ["--resume", tmp_path / "damaged"], ["--resume", tmp_path / "foreign"], ["--resume", tmp_path / "stranger"], ["--resume", ""],
-                      ["--resume", whole[0], "--seed", 4], ["--resume", whole[0], "--estimator", "es"],
-                      ["--resume", whole[0], "--out", tmp_path / "other"], ["--resume", tmp_path / "older"]):
-        monkeypatch.setattr(sys, "argv", ["meta_train.py", "--devices", "2", *map(str, arguments)])  # as JAX has here
-        with pytest.raises(SystemExit) as stopped:
-            meta_train.main()
-        sentence = capsys.readouterr().err.strip().splitlines()[-1]
-        assert stopped.value.code == 2 and sentence.startswith("meta_train.py: error: "), (arguments, sentence)
-    assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "older" / "log.csv").read_bytes() == log
+    Path("file").write_text("")
+    Path("foreign.npz").write_bytes(b"PK not really")
+    np.savez("other.npz", x=np.ones(2))
+    model.save("theta.npz", "per_parameter_mlp", rates().init(random.key(0)))
+    for name in ("empty", "damaged", "foreign", "stranger"):
+        Path(name).mkdir()
+    Path("damaged/checkpoint.npz").write_bytes((small / "checkpoint.npz").read_bytes()[:5000])
+    np.savez("foreign/checkpoint.npz", x=np.ones(3))
+    np.savez("stranger/checkpoint.npz", settings=np.array(5))
+    shutil.copytree(small, "small")
+    shutil.copytree(small, "less")  # a checkpoint with an array less
+    arrays = machine.read_npz("less/checkpoint.npz")
+    np.savez("less/checkpoint.npz", **{k: x for k, x in arrays.items() if k != "leaf0007"})
+    before = contents(tmp_path)
+    for arguments in WRONG[program].split(";"):
+        devices = ["--devices", 2] * (program == "meta_train" and "--devices" not in arguments)
+        refused(program, [*arguments.split(), *devices], monkeypatch, capsys)
+    assert contents(tmp_path) == before
 
 
-def test_the_outer_loss_is_the_root_of_the_relative_validation_loss_and_grows_with_time():
-    family, learned = tasks.mlp(), model.per_parameter_mlp()
-    theta = learned.init(jax.random.key(0))
-    problem = meta_train.inner_problem(family, learned, "valid", horizon=40)
-    state = problem.reset(theta, jax.random.key(1))
-    task, inner, begin, baseline = state
-    assert baseline is None
-    assert begin == family.loss(task, inner.params, family.batch(
-        task, jax.random.split(jax.random.key(1), 3)[2], "outer_valid"))
+@pytest.mark.parametrize("target, split", [("valid", "outer_valid"), ("train", "train")])
+@pytest.mark.parametrize("b", [0, 0.6])
+def test_the_outer_loss_is_the_root_of_the_relative_loss_and_grows_with_time(target, split, b):
+    """After step 30 of 40, by hand; in new tasks, and in those of a pool with its baselines."""
+    family, theta, keys = bowl(), rates().init(random.key(0)), random.split(random.key(2), 3)
+    pool = (random.split(random.key(5), 2), jnp.float32([b, b])) if b else None
+    problem = meta_train.inner_problem(family, rates(), target, 40, pool=pool)
+    task, inner, begin, baseline = state = problem.reset(theta, random.key(1))
+    last, (step_key, batch_key) = random.split(random.key(1), 3)[2], random.split(keys[0])
+    assert not b or any((task == family.sample(key)).all() for key in pool[0])
+    assert begin == family.loss(task, inner.params, family.batch(task, last, split))
+    slope = 2 * task * (inner.params["x"] - family.batch(task, random.split(step_key)[0], "train"))
+    x = inner.params["x"] - rate_of(theta) * slope
+    value = jnp.sum(task * (x - family.batch(task, batch_key, split)) ** 2)
     state = task, inner._replace(step=jnp.int32(29)), begin, baseline
-    step = jax.jit(problem.step)
-    (_, after, *_), loss = step(theta, state, jax.random.key(2))
-    step_key, batch_key = jax.random.split(jax.random.key(2))
-    value = family.loss(task, after.params, family.batch(task, batch_key, "outer_valid"))
-    np.testing.assert_allclose(loss, 10 * 0.75 ** 4 * np.sqrt(value / begin), rtol=1e-5)  # step 30 of 40
-    _, loss = step(theta, (*state[:3], jnp.float32(0.6)), jax.random.key(2))
-    np.testing.assert_allclose(loss, 10 * 0.75 ** 4 * (np.sqrt(value / begin) - 0.6) / 0.4, rtol=1e-5)
+    (_, after, *_), loss = jax.jit(problem.step)(theta, state, keys[0])
+    np.testing.assert_allclose(after.params["x"], x, rtol=1e-5)
+    expected = 10 * 0.75 ** 4 * (np.sqrt(value / begin) - b) / (1 - b)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
-def test_one_outer_loss_that_is_not_finite_leaves_the_gradient_of_the_others():
-    """It carries none itself: with the third of three broken, the gradient is that of the first two."""
-    learned = model.per_parameter_mlp(hidden=4)
-    theta, key = learned.init(jax.random.key(0)), jax.random.key(1)
+@pytest.mark.parametrize("train, outer", [
+    ((1, 1, 1), (1, 1, 1, np.nan)), ((1, np.nan, 1), (1, 1, 1, 1))])
+def test_a_batch_that_is_not_finite_leaves_the_gradient_of_the_others(train, outer):
+    """Against a closed form that leaves the broken step, or the broken outer loss, out."""
+    task, theta, key = jnp.float32([0.5, 0.7, 0.9]), {"log_lr": -2.0, "log_bias": 0.0}, random.key(1)
+    family = bowl()._replace(
+        sample=lambda key: task, init=lambda task, key: {"x": jnp.ones(3), "t": 0.0},
+        batch=lambda task, key, split: jnp.float32(train if split == "train" else outer),
+        loss=lambda task, p, batch: jnp.sum(task * p["x"] ** 2) * batch[p["t"].astype(int)])
+    counting = model.LearnedOptimizer(None, lambda theta: model.Optimizer(
+        lambda params: (), lambda grads, *_, **losses: (
+            {"x": -rate_of(theta) * jnp.nan_to_num(grads["x"]), "t": 1.0}, ())))
+    problem = meta_train.inner_problem(family, counting, "valid", 3, adjoint=1e9)
+    unroll = estimators.make_unroll(problem, 3, 3, 10.0)
 
-    def problem(factor):  # what the outer losses, and the loss at the start, are multiplied by
-        family = bowl(3)._replace(loss=lambda task, x, batch: jnp.sum(task * x["x"] ** 2) * batch,
-                                  batch=lambda task, key, split: factor if split == "outer_valid" else 1.0)
-        return meta_train.inner_problem(family, learned, "valid", 3)
+    def value(theta):
+        return 3 * unroll(theta, problem.reset(theta, key), 3, key)[0]
 
-    def value(theta, factors):
-        state, total = problem(1.0).reset(theta, key), 0.0
-        for factor in factors:
-            state, loss = problem(factor).step(theta, state, key)
-            total += jnp.where(jnp.isfinite(loss), loss, 10.0)
+    def closed_form(theta):
+        x, total = jnp.ones(3), 0.0
+        for t in range(3):
+            x = x * (1 - 2 * rate_of(theta) * task * (train[t] == 1))
+            root = jnp.sqrt(jnp.sum(task * x ** 2) / jnp.sum(task) + 1e-6)
+            total += 10 * ((t + 1) / 3) ** 4 * root * (outer[t + 1] == 1)
         return total
 
-    found, wanted = (jax.grad(value)(theta, factors) for factors in ([1.0, 1.0, jnp.nan], [1.0, 1.0]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), found, wanted)
-    assert any(np.abs(x).max() > 1e-4 for x in wanted.values())
-
-
-def test_a_training_batch_that_is_not_finite_does_not_cut_the_way_back():
-    """The later losses know of the steps before it as they do if that step is left out: here SGD with a learned rate, the second of
-    three batches broken."""
-    learned = model.LearnedOptimizer(None, lambda theta: model.Optimizer(lambda params: (), lambda grads, state, params, **losses: (
-        jax.tree.map(lambda g: -theta["rate"] * jnp.nan_to_num(g), grads), state)))
-    family = bowl(3)._replace(batch=lambda task, key, split: 1.0, loss=lambda task, x, factor: jnp.sum(task * x["x"] ** 2) * factor)
-    theta, key = {"rate": jnp.float32(0.1)}, jax.random.key(1)
-
-    def value(theta, factors):
-        state = meta_train.inner_problem(family, learned, "valid", 3).reset(theta, key)
-        for factor in factors:
-            broken = family._replace(batch=lambda task, key, split: factor if split == "train" else 1.0)
-            state, loss = meta_train.inner_problem(broken, learned, "valid", 3, adjoint=1e9).step(theta, state, key)
-        return loss
-
-    def closed_form(rate):
-        task, inner, start, _ = meta_train.inner_problem(family, learned, "valid", 3).reset(theta, key)
-        x = inner.params["x"] * (1 - 2 * rate * task) ** 2
-        return 10 * jnp.sqrt(jnp.sum(task * x ** 2) / start + 1e-6)
-
-    found, wanted = jax.grad(value)(theta, [1.0, jnp.nan, 1.0])["rate"], jax.grad(closed_form)(0.1)
+    found, wanted = (jax.grad(f)(theta)["log_lr"] for f in (jax.jit(value), closed_form))
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
     assert abs(wanted) > 0.1
 
 
-def test_a_pool_holds_what_adam_reaches_at_its_best_rate_on_each_of_its_tasks():
-    """Each task's share of the way, by a plain loop; and what an episode draws is one of the pool's tasks."""
-    family, settings = bowl(3), meta_train.Settings(num_tasks=5, horizon=40)
-    pool = meta_train.make_pool(settings, family)
-    progress, keys = np.array([0.5, 1.0]), jax.random.split(jax.random.key(2 ** 31), 5)
-    for i, key in enumerate(keys):
-        task_key, init_key, *_ = jax.random.split(key, 4)
-        task, shares = family.sample(task_key), []
-        assert (family.sample(pool.keys[i]) == task).all()
-        for rate in evaluate.RATES:
-            adam, x = model.adam(rate), family.init(task, init_key)
-            state, losses = adam.init(x), [family.loss(task, x, ())]
-            for _ in range(40):
-                updates, state = adam.update({"x": 2 * task * x["x"]}, state)
-                x = {"x": x["x"] + updates["x"]}
-                losses.append(family.loss(task, x, ()))
-            roots = np.sqrt(np.array(losses)[[20, 40]] / losses[0])
-            shares.append((progress ** 4 * roots).sum() / (progress ** 4).sum())
-        np.testing.assert_allclose(pool.baselines[i], min(min(shares), 0.9), rtol=1e-2)
-    reset = jax.jit(meta_train.inner_problem(family, model.per_parameter_mlp(), "valid", 40, pool=pool).reset)
-    theta, known, drawn = model.per_parameter_mlp().init(jax.random.key(0)), jax.vmap(family.sample)(pool.keys), set()
-    for key in jax.random.split(jax.random.key(0), 40):
-        task, _, _, baseline = reset(theta, key)
-        drawn.add(int(jnp.argmin(jnp.sum(abs(known - task[None]), 1))))
-        assert (known == task[None]).all(1).any() and baseline == pool.baselines[jnp.argmin(jnp.sum(abs(known - task[None]), 1))]
-    assert drawn == set(range(5))
+@pytest.mark.parametrize("name", [*meta_train.ESTIMATORS, "mover"])
+def test_outer_steps_follow_adam_or_a_learned_optimizer_on_the_clipped_gradient(
+        name, toys, tmp_path, monkeypatch):
+    """Theta, its average (weights 1, 2, 3, 4) and the running mean of the loss, by hand."""
+    model.save(tmp_path / "mover.npz", "per_parameter_mlp", {"log_lr": jnp.zeros(()), "log_bias": jnp.zeros(())})
+    mover, name = (str(tmp_path / "mover.npz"), "es") if name == "mover" else ("", name)
+    settings = dataclasses.replace(
+        SETTINGS, estimator=name, sigma=0.01, decay_steps=5.0, outer_optimizer=mover)
+    plain = getattr(estimators, name)
+
+    def telling(*problem, **options):  # the gradient itself, not its norm alone
+        estimator = plain(*problem, **options)
+
+        def told(*state):
+            gradient, particles, row = estimator.estimate(*state)
+            return gradient, particles, row | gradient
+
+        return estimator._replace(estimate=told)
+
+    monkeypatch.setattr(estimators, name, telling)
+    begin, steps = made(settings)
+    flat = lambda of: np.array([of["log_lr"], of["log_bias"]], float)
+    run, losses, seen, m, v = begin(random.key(0)), [], [], 0, 0
+    x = flat(run.theta)
+    for t in range(4):
+        run, row = steps["function"](run, random.key(1))
+        np.testing.assert_allclose(row["gradient"], np.linalg.norm(flat(row)), rtol=1e-5)
+        g = flat(row).clip(-0.1, 0.1)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g ** 2
+        adam = m / (1 - 0.9 ** (t + 1)) / np.sqrt(v / (1 - 0.999 ** (t + 1)))
+        rate = settings.learning_rate * (t + 1) / 10 / (1 + t / settings.decay_steps)
+        x = x - (g if mover else rate * adam)
+        np.testing.assert_allclose(flat(run.theta), x, atol=2e-6)
+        losses, seen = [*losses, row["loss"]], [*seen, x]
+    np.testing.assert_allclose(flat(run.average), np.average(seen, 0, [1, 2, 3, 4]), atol=2e-6)
+    smoothed = functools.reduce(lambda mean, loss: 0.97 * mean + 0.03 * loss, losses)
+    np.testing.assert_allclose(run.smoothed["function"], smoothed, rtol=1e-5)
+    assert run.step == row["step"] == 4 and len(set(map(float, losses))) == 4
 
 
-def bowl(size):
-    """A family that compiles in no time."""
-    return tasks.TaskFamily("bowl", sample=lambda key: jax.random.uniform(key, (size,), minval=0.5),
-                            init=lambda task, key: {"x": jax.random.normal(key, (size,))}, batch=lambda task, key, split: (),
-                            loss=lambda task, params, batch: jnp.sum(task * params["x"] ** 2))
-
-
-def test_a_run_that_only_explodes_stops_and_leaves_the_last_good_save(monkeypatch, tmp_path, capsys):
-    """Every task's loss is NaN after the third outer step: theta stays as it was, and after PATIENCE such steps the run ends."""
-    monkeypatch.setitem(meta_train.tasks.FAMILIES, "function", lambda: bowl(2))
-    monkeypatch.setattr(meta_train, "PATIENCE", 20)
-    settings = meta_train.Settings(tasks="function", optimizer="per_parameter_mlp", horizon=20, truncation=20, outer_steps=100,
-                                   save_seconds=1e-9)
-    begin, outer_steps = meta_train.make_outer(settings)
-    run, programs = meta_train.compiled(begin, outer_steps, jax.random.key(0))
-    good = programs["function"].result()
-    monkeypatch.setitem(meta_train.tasks.FAMILIES, "function",
-                        lambda: bowl(2)._replace(loss=lambda task, params, batch: jnp.nan * jnp.sum(params["x"])))
-    bad = meta_train.make_outer(settings)[1]["function"]
-    program = concurrent.futures.Future()
-    program.set_result(lambda run, key: (good if run.step < 3 else bad)(run, key))
-    with pytest.raises(ValueError, match="20 outer steps in a row"):
-        meta_train.train(settings, str(tmp_path), run, {"function": program})
-    assert model.about(tmp_path / "theta.npz")["outer_steps_done"] == 3
-    assert all(np.isfinite(x).all() for x in theta_of(tmp_path).values())
-    with open(tmp_path / "log.csv") as file:
-        assert [int(row["capped"]) for row in csv.DictReader(file)] == [0] * 3 + [40] * 20
-
-
-def test_a_learned_optimizer_can_move_theta(monkeypatch, tmp_path):
-    """One that was never trained is Adam at a rate of 0.01; the program's own Adam begins at a tenth of its rate."""
-    monkeypatch.setitem(meta_train.tasks.FAMILIES, "function", lambda: bowl(2))
-    model.save(tmp_path / "mover.npz", "per_parameter_mlp", model.per_parameter_mlp().init(jax.random.key(5)))
-    moves = []
-    for extra in (dict(outer_optimizer=str(tmp_path / "mover.npz")), dict(learning_rate=0.01)):
-        settings = meta_train.Settings(tasks="function", optimizer="per_parameter_mlp", horizon=20, truncation=20, **extra)
-        begin, outer_steps = meta_train.make_outer(settings)
-        run = begin(jax.random.key(0))
-        after, _ = outer_steps["function"](run, jax.random.key(0))
-        moves.append({name: np.array(after.theta[name] - x) for name, x in run.theta.items()})
-    for name in moves[0]:
-        np.testing.assert_allclose(moves[0][name], 10 * moves[1][name], rtol=1e-2, atol=2e-5)  # of differences of rounded numbers
-    assert np.abs(moves[0]["log_lr"]) > 0.009
-
-
-def test_families_take_turns(monkeypatch, tmp_path, capsys):
-    families, key = meta_train.tasks.FAMILIES, jax.random.key(0)
-    monkeypatch.setitem(families, "mlp", lambda: bowl(2))
-    monkeypatch.setitem(families, "function", lambda: bowl(2)._replace(loss=lambda task, params, batch: jnp.float32(2)))
-    settings = meta_train.Settings(tasks="mlp,function", optimizer="per_parameter_mlp", horizon=20, truncation=20, outer_steps=5)
-    begin, outer_steps = meta_train.make_outer(settings)
-    alone = meta_train.make_outer(dataclasses.replace(settings, tasks="mlp"))
-    one, _ = outer_steps["mlp"](begin(key), key)
-    same, _ = alone[1]["mlp"](alone[0](key), key)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, one.theta, same.theta)) and jnp.isnan(one.smoothed["function"])
-    two, row = outer_steps["function"](one, key)
-    np.testing.assert_allclose(row["loss"], 10 * np.mean(np.linspace(0.05, 1, 20) ** 4), rtol=1e-4)  # it never falls
-    assert row["gradient"] == 0 and row["step"] == 2 and two.smoothed["mlp"] == one.smoothed["mlp"]
-    run, programs = meta_train.compiled(begin, outer_steps, key)
-    run = meta_train.train(settings, str(tmp_path), run, programs)
-    with open(tmp_path / "log.csv") as file:
-        assert [row["family"] for row in csv.DictReader(file)] == ["mlp", "function", "mlp", "function", "mlp"]
-    assert run.step == 5 and "first outer step" in capsys.readouterr().out
-
-
-def test_a_log_keeps_the_rows_of_saved_steps_alone(tmp_path):
-    path = tmp_path / "log.csv"
-    path.write_text("step,family,loss\n1,mlp,3.5\n2,conv,3.25\n10,mlp,3\n1")  # cut off within the 11 of step 11
-    meta_train.keep_rows(str(path), 10)
-    assert path.read_text().split() == ["step,family,loss", "1,mlp,3.5", "2,conv,3.25", "10,mlp,3"]
-    meta_train.keep_rows(str(path), 2)
-    assert path.read_text().split() == ["step,family,loss", "1,mlp,3.5", "2,conv,3.25"]
-    path.write_text("step,loss\n1,3.5\n")
-    with pytest.raises(ValueError, match="another version"):
-        meta_train.keep_rows(str(path), 1)
-    assert path.read_text() == "step,loss\n1,3.5\n"
-
-
-def test_the_average_weighs_later_thetas_more(monkeypatch):
-    monkeypatch.setitem(meta_train.tasks.FAMILIES, "mlp", lambda: bowl(2))
-    begin, outer_steps = meta_train.make_outer(meta_train.Settings(optimizer="per_parameter_mlp", horizon=20, truncation=20))
-    run, seen = begin(jax.random.key(0)), []
-    for _ in range(4):
-        run, _ = outer_steps["mlp"](run, jax.random.key(1))
-        seen.append(run.theta)
-    for k, x in run.average.items():
-        np.testing.assert_allclose(x, np.average([theta[k] for theta in seen], axis=0, weights=[1, 2, 3, 4]), atol=1e-6)
-        assert k.endswith("/b") or k == "log_bias" or not jnp.array_equal(x, run.theta[k])
-
-
-@pytest.mark.parametrize("estimator", meta_train.RECIPES)
-def test_an_outer_step_moves_theta_by_adam_on_the_clipped_gradient(estimator, monkeypatch):
-    monkeypatch.setitem(meta_train.tasks.FAMILIES, "mlp", lambda: bowl(3))
-    settings = meta_train.Settings(**meta_train.RECIPES[estimator] | dict(
-        optimizer="per_parameter_mlp", estimator=estimator, horizon=20, truncation=10, num_pairs=2))
-    begin, outer_steps = meta_train.make_outer(settings)
-    outer_step, first = outer_steps["mlp"], begin(jax.random.key(0))
-    second, row = outer_step(first, jax.random.key(1))
-    assert row["step"] == second.step == 1 and np.isfinite(row["loss"]) and row["gradient"] > 0
-    rate = settings.learning_rate / 10  # the first of ten warm-up steps; Adam's first step is rate * sign
-    for k in first.theta:
-        change = np.abs(second.theta[k] - first.theta[k])
-        assert change.max() < 1.01 * rate
-    most = lambda run: max(float(np.abs(run.theta[k] - first.theta[k]).max()) for k in first.theta)
-    assert most(second) > 0.9 * rate
-    later, _ = outer_step(first._replace(step=jnp.int32(settings.decay_steps)), jax.random.key(1))
-    np.testing.assert_allclose(most(later), rate / 2, rtol=0.1)
-
-
-def test_the_fitted_step_size_is_the_lowest_point_of_a_parabola_less_two_standard_errors():
-    multiples = 2.0 ** np.arange(-1.5, 0.6, 0.5)
-    x = np.log(multiples)
-    agreed = np.stack([3 + 0.2 * (x - np.log(0.6)) ** 2, 1 + 0.4 * (x - np.log(0.6)) ** 2])  # [2 tasks, 5]
-    np.testing.assert_allclose(meta_train.cautious_minimum(multiples, agreed), 0.6)
-    differing = np.stack([0.2 * (x - 0.1) ** 2, 0.2 * (x + 0.3) ** 2])  # lowest at 0.1 and -0.3: -0.1 +- 0.2 / sqrt(2)
-    np.testing.assert_allclose(np.log(meta_train.cautious_minimum(multiples, differing)), -0.1 - 2 * 0.2 / np.sqrt(2))
-    assert meta_train.cautious_minimum(multiples, (x - 5)[None] ** 2) == multiples[-1]
-    assert meta_train.cautious_minimum(multiples, -(x - 0.1)[None] ** 2) == multiples[0]
-
-
-@pytest.mark.parametrize("target, split", [("valid", "outer_valid"), ("train", "train")])
-def test_the_fit_never_looks_at_the_test_split(target, split, monkeypatch):
-    family, tried = tasks.mlp(), []
-
-    def curves(watched, make_optimizer, variants, keys, horizon):
-        tried.append([np.asarray(variants[name] - theta[name]) for name in ("log_bias", "log_lr")])
-        task = family.sample(jax.random.key(1))
-        assert jax.tree.all(jax.tree.map(jnp.array_equal, watched.batch(task, jax.random.key(2), "test"),
-                                         family.batch(task, jax.random.key(2), split)))
-        bias, every = (x[None, :, None, None] for x in tried[-1])
-        later = 1 + (bias + 1.5) ** 2 + (every + 0.2) ** 2
-        return np.where(np.arange(3)[None, None, :, None] == 0, 1, later) * np.ones((len(keys), 1, 1, 2))
-
-    monkeypatch.setattr(meta_train.evaluate, "learning_curves", curves)
-    theta = model.per_parameter_mlp().init(jax.random.key(0))
-    fitted = meta_train.fit_step_size(meta_train.Settings(optimizer="per_parameter_mlp", target=target, horizon=40, fit=4), theta)
-    quarter = np.log(0.25)  # the nearest to -1.5 of the five
-    np.testing.assert_allclose(tried[0], [-np.log(2) * np.arange(5), np.zeros(5)], atol=1e-5)
-    np.testing.assert_allclose(tried[1], [np.full(5, quarter), np.log(2) * np.arange(-1.5, 0.6, 0.5)], atol=1e-5)
-    np.testing.assert_allclose(fitted["log_bias"] - theta["log_bias"], quarter, atol=1e-6)
-    np.testing.assert_allclose(fitted["log_lr"] - theta["log_lr"], -0.2, atol=0.02)
-
-
-def test_the_fit_slows_down_what_is_far_too_fast_and_compiles_once():
-    """Adam (the output layer is silent) at a rate of 0.3; the losses, not the parabola, must say that less is better."""
-    settings = meta_train.Settings(optimizer="per_parameter_mlp", horizon=20, truncation=20, fit=8)
-    theta = model.per_parameter_mlp().init(jax.random.key(0)) | {"log_lr": jnp.log(0.3)}
-    slower = meta_train.fit_step_size(settings, theta)
-    assert slower["log_lr"] < theta["log_lr"] - 0.5
-    compiled = evaluate.learning_curves._cache_size()
-    meta_train.fit_step_size(settings, slower)
-    assert evaluate.learning_curves._cache_size() == compiled
+def test_families_take_turns(toys, tmp_path, monkeypatch):
+    level = bowl()._replace(loss=lambda task, params, batch: 2.0 + 0 * jnp.sum(params["x"]))
+    monkeypatch.setitem(tasks.FAMILIES, "mlp", lambda: level)
+    settings = dataclasses.replace(SETTINGS, tasks=("mlp", "function"), outer_steps=5)
+    (begin, steps), rows = made(settings), []
+    run = begin(random.key(0))
+    one, row = steps["mlp"](run, random.key(0))
+    np.testing.assert_allclose(row["loss"], 10 * np.mean(np.linspace(0.05, 1, 20) ** 4), rtol=1e-4)
+    assert row["gradient"] == 0 and np.isnan(one.smoothed["function"])
+    run = meta_train.train(settings, tmp_path, run, rows, steps)
+    assert [row["family"] for row in log_of(tmp_path)] == ["mlp", "function"] * 2 + ["mlp"]
+    assert run.step == 5 and np.isfinite(run.smoothed["function"])
 
 
 def test_the_fit_meets_no_task_of_the_pool(monkeypatch):
     met = []
 
-    def level(family, make_optimizer, hyper, keys, horizon):
-        met.append({x.tobytes() for x in np.array(jax.random.key_data(keys))})
-        return np.ones((len(keys), len(jax.tree.leaves(hyper)[0]), 2, 2))
+    def level(family, make_optimizer, settings, keys, horizon):
+        met.append({x.tobytes() for x in np.array(random.key_data(keys))})
+        return np.ones((len(keys), len(tree.leaves(settings)[0]), 2, 2))
 
     monkeypatch.setattr(evaluate, "learning_curves", level)
     monkeypatch.setattr(evaluate, "kept_curves", level)
-    settings = meta_train.Settings(tasks="function", num_tasks=4, fit=3, horizon=20, truncation=20)
-    meta_train.make_pool(settings, tasks.function())
-    meta_train.fit_step_size(settings, model.hierarchical().init(jax.random.key(0)))
+    monkeypatch.setattr(meta_train, "save_theta", lambda *_: 1 / 0)  # the rest of finish is not needed
+    evaluate.make_pool(bowl(), 4, 20, "valid")
+    run = meta_train.Run(rates().init(random.key(0)), rates().init(random.key(0)), *[None] * 4)
+    with pytest.raises(ZeroDivisionError):
+        meta_train.finish(dataclasses.replace(SETTINGS, num_tasks=4, fit=3, seed=0), None, run)
     pool, *fits = met
     assert len(pool) == 4 and [len(fit) for fit in fits] == [3, 3] and not pool & set.union(*fits)
-
-
-def test_the_fit_multiplies_the_step_size_and_nothing_else(whole):
-    folder, out = whole
-    assert model.about(folder / "theta.npz")["fit"] > 0
-    multiples = re.search(r"steps of biases multiplied by (\S+), then all by (\S+)\n", out).groups()
-    stored = model.read_npz(folder / "checkpoint.npz")
-    learned, theta = model.load(folder / "theta.npz")
-    names = sorted(theta)  # a checkpoint's first leaves are theta's and the average's, in the order of jax.tree.leaves
-    before = {name: stored[f"leaf{len(names) + i:04}"] for i, name in enumerate(names)}
-    for name, multiple in zip(("log_bias", "log_lr"), multiples):  # three digits are printed
-        np.testing.assert_allclose(theta[name] - before[name], np.log(float(multiple)), atol=0.006)
-    assert all((theta[name] == before[name]).all() for name in names if name not in ("log_bias", "log_lr"))

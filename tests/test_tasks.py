@@ -1,162 +1,299 @@
-"""The mlp family: padding leaks nothing, splits are disjoint, draws are deterministic."""
+"""Every family: its tasks, its padding, its loss against plain numpy; and the data it is made of."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax import random, tree
+from pydoc_data import topics
 
+import data
+import kinds
 import model
 import tasks
 
-FAMILY = tasks.mlp()
+N, MAKERS = 32, tasks.FAMILIES | kinds.KINDS
+each_family = pytest.mark.parametrize("name", tasks.FAMILIES)
 
 
-def small_task():
-    """A task well below the family's maximum sizes, without noise."""
-    task = FAMILY.sample(jax.random.key(5))
-    letters = task.letters._replace(batch_size=jnp.int32(13), input_noise=jnp.float32(0), label_noise=jnp.float32(0))
-    return task._replace(letters=letters, depth=jnp.int32(1), widths=jnp.int32([11, 9]), activation=jnp.int32(1))
+def start(family, key):
+    keys = random.split(key, 3)
+    task = family.sample(keys[0])
+    return task, family.init(task, keys[1]), family.batch(task, keys[2], "train")
 
 
-def real(task, params):
-    """The unpadded net inside a task's padded parameters, for depth 1."""
-    width = int(task.widths[0])
-    return {"w0": params["w0"][:, :width], "b0": params["b0"][:width], "w1": params["w2"][:width], "b1": params["b2"]}
+@functools.cache
+def drawn(name):
+    """N tasks, their parameters, their batches."""
+    begin = functools.partial(start, MAKERS[name]())
+    return jax.jit(jax.vmap(begin))(random.split(random.key(0), N))
 
 
-def plain_loss(task, params, batch):
-    """An independent tanh net of depth 1 on the batch's real examples."""
-    x, y, _ = jax.tree.map(lambda a: a[:13], batch)  # the batch size of `small_task`
-    logits = jnp.dot(jnp.tanh(jnp.dot(x, params["w0"]) + params["b0"][None]), params["w1"]) + params["b1"][None]
-    logits = logits - logits.max(1, keepdims=True)
-    return jnp.mean(jnp.log(jnp.exp(logits).sum(1)) - logits[jnp.arange(len(y)), y])
+def rows(arrays, index):
+    return tree.map(lambda x: x[index], arrays)
 
 
-def test_adam_trains_the_padded_and_the_unpadded_net_identically():
-    task, adam = small_task(), model.adam(0.01)
-    inner = tasks.init_inner(FAMILY, adam, task, jax.random.key(0))
-    params = real(task, inner.params)
-    state = adam.init(params)
-    step = jax.jit(lambda inner, key: tasks.inner_step(FAMILY, adam, task, inner, key))
-    draw = jax.jit(lambda key: FAMILY.batch(task, jax.random.split(key)[0], "train"))
+@functools.cache
+def slopes(name):
+    """Jitted f(tasks, params, batches) -> (losses, gradients), their derivatives along a line."""
+    def slope(task, params, batch):
+        loss = functools.partial(MAKERS[name]().loss, task, batch=batch)
+        return jax.jvp(jax.value_and_grad(loss), (params,), (tree.map(jnp.ones_like, params),))
+    return jax.jit(jax.vmap(slope))
 
-    @jax.jit
-    def plain_step(params, state, batch):
-        updates, state = adam.update(jax.grad(plain_loss, argnums=1)(task, params, batch), state, params)
-        return jax.tree.map(jnp.add, params, updates), state
 
-    for t in range(50):
-        params, state = plain_step(params, state, draw(jax.random.key(t)))
-        inner = step(inner, jax.random.key(t))
-    assert inner.step == 50
-    for k, p in params.items():
-        np.testing.assert_allclose(real(task, inner.params)[k], p, atol=2e-5)
+@each_family
+def test_tasks_differ_but_not_those_of_one_key_and_the_held_out_pool_has_other_data(name):
+    many, make, key = drawn(name), tasks.FAMILIES[name], random.split(random.key(0), N)[7]
+    flat = np.concatenate([np.float64(x).reshape(N, -1) for x in many[0].values()], 1)
+    assert len(np.unique(flat, axis=0)) == N
+    assert all(len(set(row.tolist())) == 10 for row in many[0].get("classes", [np.arange(10)]))
+    one, again = rows(many, 7), jax.jit(functools.partial(start, make.__wrapped__()))(random.clone(key))
+    tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), again, one)
+    keys, held_out = random.split(key, 3), make("held_out")
+    if name == "function":  # there the tasks themselves are the data
+        assert jax.jit(held_out.sample)(keys[0])["start"] != one[0]["start"]
+    else:
+        other = jax.jit(lambda key: held_out.batch(one[0], key, "train"))(keys[2])
+        assert not jnp.array_equal(other[0], one[2][0])
+
+
+@each_family
+def test_losses_and_two_derivatives_are_finite_at_the_start_and_at_zero(name):
+    task, params, batch = drawn(name)
+    for scale in (1, 0):
+        found = slopes(name)(task, tree.map(lambda x: scale * x, params), batch)
+        assert all(np.isfinite(x).all() for x in tree.leaves(found))
+
+
+def padding(params):
+    """Masks of what must not matter: weights that begin at zero, and the biases behind them."""
+    masks = {k: np.array(x) == 0 for k, x in params.items()}
+    return {k: masks[k[:-2]].all(1) if k.endswith("/b") else mask for k, mask in masks.items()}
+
+
+WEIGHTS = {  # how many a task has, by hand; n counts what is real in a mask
+    "mlp": lambda n: (64 * n["width0"] + (n["depth"] == 2) * n["width0"] * n["width1"]
+                      + 10 * n["width1" if n["depth"] == 2 else "width0"]),
+    "conv": lambda n: (9 * n["channels0"] + (n["depth"] == 2) * 9 * n["channels0"] * n["channels1"]
+                       + 10 * n["channels1" if n["depth"] == 2 else "channels0"]
+                       * (1 if n["head"] else 4 if n["depth"] == n["strides"] == 2 else 16)),
+    "autoencoder": lambda n: n["width"] * (128 + n["code"] * (2 + n["variational"])),
+    "rnn": lambda n: ((n["embedding"] + n["width"])
+                      * (len(data.SYMBOLS) + n["width"] * (1, 3, 4)[n["core"]])),
+    "function": lambda n: n["size"]}
+
+
+@each_family
+def test_perturbing_padding_changes_no_loss_and_no_gradient(name):
+    (task, params, batch), masks = drawn(name), padding(drawn(name)[1])
+    real = sum((~mask).reshape(N, -1).sum(1) for k, mask in masks.items() if k[-2:] != "/b")
+    for i in range(N):
+        assert real[i] == WEIGHTS[name]({k: int(x[i].sum()) for k, x in task.items()})
+    (losses, grads), _ = slopes(name)(task, params, batch)
+    noisy = {k: jnp.where(masks[k], 7.0, p) for k, p in params.items()}
+    (noisy_losses, noisy_grads), _ = slopes(name)(task, noisy, batch)
+    np.testing.assert_array_equal(losses, noisy_losses)
+    for k in params:
+        np.testing.assert_array_equal(grads[k], noisy_grads[k])
+        assert (np.array(grads[k])[masks[k]] == 0).all()
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+ACTIVATIONS = (lambda x: np.maximum(x, 0), np.tanh, lambda x: x * sigmoid(x),
+               lambda x: np.where(x > 0, x, 0.2 * x))
+
+
+def nll(logits, y):
+    picked = np.take_along_axis(logits, y[..., None], -1)[..., 0]
+    return np.log(np.exp(logits).sum(-1)) - picked
+
+
+def convolved(p, name, x, stride):
+    """By XLA's own convolution."""
+    w = np.float32(p[name]).reshape(3, 3, x.shape[-1], -1)
+    found = jax.lax.conv_general_dilated(np.float32(x), w, (stride, stride), [(1, 2 - stride)] * 2,
+                                         dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return np.float64(found) + p[f"{name}/b"]
+
+
+def plain_mlp(task, p, batch):
+    x, y, real = batch
+    for i in range(task["depth"]):
+        x = ACTIVATIONS[task["activation"]](x @ p[f"w{i}"] + p[f"w{i}/b"])
+    return nll(x @ p["out"] + p["out/b"], y)[real].mean()
+
+
+def plain_conv(task, p, batch):
+    x, y, real = batch
+    act, deep = ACTIVATIONS[task["activation"]], task["depth"] == 2
+    one, two = ((2, 1), (1, 2), (2, 2))[task["strides"]] if deep else (2, 1)
+    h = act(convolved(p, "w0", x.reshape(-1, 8, 8, 1), one))
+    h = act(convolved(p, "w1", h, two)) if deep else h
+    w = p["out"].reshape(4, 4, 8, 10)[::4 // h.shape[1], ::4 // h.shape[2]].reshape(-1, 10)
+    h = (h.reshape(len(h), -1), h.mean((1, 2)), h.max((1, 2)))[task["head"]]
+    return nll(h @ w[:h.shape[1]] + p["out/b"], y)[real].mean()
+
+
+def plain_autoencoder(task, p, batch):
+    x, draws, real = batch
+    act, variational = ACTIVATIONS[task["activation"]], task["variational"]
+    code = act(x @ p["in"] + p["in/b"]) @ p["encode"] + p["encode/b"]
+    mean, deviation = code[:, :12], np.exp(code[:, 12:])
+    z = mean + variational * deviation * draws
+    out = act(z @ p["decode"] + p["decode/b"]) @ p["out"] + p["out/b"]
+    out = (np.tanh(out), 2 * sigmoid(out) - 1, out)[task["output"]]
+    error = np.abs(out - x / task["input_scale"]) ** (2 - task["absolute"])
+    divergence = 0.5 * (mean ** 2 + deviation ** 2 - 1) - np.log(deviation)
+    return (error.mean(1) + variational * 0.1 * divergence.sum(1) / 64)[real].mean()
+
+
+def plain_rnn(task, p, batch):
+    characters, real = batch
+    losses, h, c = [], np.zeros((8, 16)), 0
+    for t in range(16):
+        a = np.split(p["embed"][characters[:, t]] @ p["x"] + p["x/b"], 4, 1)
+        b = np.split(h @ p["h"], 4, 1)
+        if task["core"] == 0:
+            h = np.tanh(a[0] + b[0])
+        elif task["core"] == 1:
+            z = sigmoid(a[2] + b[2])
+            h = (1 - z) * np.tanh(a[0] + sigmoid(a[1] + b[1]) * b[0]) + z * h
+        else:
+            c = sigmoid(a[1] + b[1] + 1) * c + sigmoid(a[2] + b[2]) * np.tanh(a[0] + b[0])
+            h = sigmoid(a[3] + b[3]) * np.tanh(c)
+        losses.append(nll(h @ p["out"] + p["out/b"], characters[:, t + 1]))
+    return np.stack(losses, 1)[real].mean()
+
+
+def plain_function(task, p, batch):
+    n = task["size"].sum()
+    x, axes, s = p["x"][:n], task["axes"][:n, :n], task["spectrum"][:n]
+    np.testing.assert_allclose(axes @ axes.T, np.eye(n), atol=1e-5)
+    np.testing.assert_allclose(s, task["condition"] ** -(np.arange(n) / (n - 1)), rtol=1e-4)
+    y, waves = x - 2.903534, np.cos(2 * np.pi * x)
+    value = (
+        (100 * (x[1:] + 1 - (x[:-1] + 1) ** 2) ** 2 + x[:-1] ** 2).sum(),
+        (0.5 * (y ** 4 - 16 * y ** 2 + 5 * y) + 39.16617).sum(),
+        20 + np.e - 20 * np.exp(-0.2 * np.sqrt((x ** 2).mean())) - np.exp(waves.mean()),
+        x[0] ** 2 + (x[1:] ** 2 / (x[:-1] ** 2 + 1)).sum(),
+        np.log((np.exp(x) + np.exp(-x)).sum() / (2 * n)),
+        0.5 * (s * (axes @ x) ** 2).sum(),
+        (s * np.abs(axes @ x) ** task["power"]).sum())[task["kind"]]
+    return task["scale"] * (np.log(1 + 100 * value) if task["log"] else value)
+
+
+def plain_residual(task, p, batch):
+    x, y, real = batch
+    h = convolved(p, "in", x.reshape(-1, 8, 8, 1), 2)
+    for i in range(2):
+        inside = convolved(p, f"block{i}/0", np.maximum(h, 0), 1)
+        h = h + convolved(p, f"block{i}/1", np.maximum(inside, 0), 1)
+    return nll(np.maximum(h, 0).mean((1, 2)) @ p["out"] + p["out/b"], y)[real].mean()
+
+
+def plain_transformer(task, p, characters):
+    normal = lambda h: (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-5)
+    h = p["embed"][characters[:, :-1]] + p["place"]  # [8, 16, 24]
+    heads = [(normal(h) @ p[k]).reshape(8, 16, 2, 12).swapaxes(1, 2) for k in ("query", "key", "value")]
+    scores = np.exp(heads[0] @ heads[1].swapaxes(2, 3) / np.sqrt(12)) * np.tri(16)
+    mixed = scores / scores.sum(3, keepdims=True) @ heads[2]
+    h = h + mixed.swapaxes(1, 2).reshape(h.shape) @ p["mix"]
+    h = h + np.maximum(normal(h) @ p["up"], 0) @ p["down"]
+    return nll(normal(h) @ p["out"], characters[:, 1:]).mean()
+
+
+@pytest.mark.parametrize("name, varied, values", [
+    ("mlp", "activation", 4), ("conv", "strides", 3), ("autoencoder", "output", 3), ("rnn", "core", 3),
+    ("function", "kind", 7), ("residual", None, 1), ("transformer", None, 1)])
+def test_the_loss_against_plain_numpy(name, varied, values):
+    task, params, batch = drawn(name)
+    shaken = {k: params[k] + 0.3 * ~mask for k, mask in padding(params).items() if k[-2:] == "/b"}
+    arrays = task, params | shaken, batch
+    found = jax.jit(jax.vmap(MAKERS[name]().loss))(*arrays)
+    exact = tree.map(lambda x: np.float64(x) if x.dtype == np.float32 else np.array(x), arrays)
+    for i in range(N):
+        plain = globals()[f"plain_{name}"](*rows(exact, i))
+        scale = task["scale"][i] if name == "function" else 1
+        np.testing.assert_allclose(found[i], plain, rtol=2e-4, atol=1e-6 * scale)
+    assert varied is None or len(set(task[varied].tolist())) == values
+
+
+def test_noise_and_sparsity_of_a_function_are_in_its_training_gradient_alone():
+    task, params, (noise, mask) = drawn("function")
+    zeros, ones = tasks.function().batch(rows(task, 0), random.key(0), "test")
+    clean = jnp.stack([zeros] * N), jnp.stack([ones] * N)
+    (values, noisy), _ = slopes("function")(task, params, (noise, mask))
+    (exact, slope), _ = slopes("function")(task, params, clean)
+    np.testing.assert_array_equal(values, exact)
+    wanted = (slope["x"] + noise * task["size"]) * mask
+    np.testing.assert_allclose(noisy["x"], wanted, rtol=1e-4, atol=1e-3)
+    level = task["noise"] * task["scale"]
+    np.testing.assert_allclose((noise[level > 0] / level[level > 0, None]).std(), 1, rtol=0.05)
+    np.testing.assert_allclose(mask.mean(), 1 - task["sparsity"].mean(), atol=0.03)
 
 
 def test_a_validation_loss_comes_at_every_tenth_step():
-    told = model.Optimizer(lambda params: jnp.zeros(2), lambda grads, state, params, loss, valid_loss: (grads, jnp.stack([loss, valid_loss])))
-    task = small_task()
-    inner = tasks.init_inner(FAMILY, told, task, jax.random.key(0))
-    params = inner.params
-    step = jax.jit(lambda inner, key: tasks.inner_step(FAMILY, told, task, inner, key))
-    losses = [FAMILY.loss(task, params, FAMILY.batch(task, key, split))
-              for key, split in zip(jax.random.split(jax.random.key(7)), ("train", "inner_valid"))]
+    def keep(grads, state, params, loss, valid_loss):
+        return tree.map(jnp.zeros_like, grads), jnp.stack([loss, valid_loss])
+
+    told, family, (task, params, _) = model.Optimizer(None, keep), tasks.mlp(), rows(drawn("mlp"), 0)
+    inner = tasks.Inner(params, jnp.zeros(2), jnp.int32(0))
+    step = jax.jit(lambda inner, key: tasks.inner_step(family, told, task, inner, key))
+    losses = [family.loss(task, params, family.batch(task, key, split))
+              for key, split in zip(random.split(random.key(7)), ("train", "inner_valid"))]
     for t in range(21):
-        inner = step(inner._replace(params=params), jax.random.key(7))
-        np.testing.assert_allclose(inner.opt_state, losses if t in (0, 10, 20) else [losses[0], np.nan], rtol=1e-5)
+        inner = step(inner, random.key(7))
+        expected = [losses[0], losses[1] if t in (0, 10, 20) else np.nan]
+        np.testing.assert_allclose(inner.opt_state, expected, rtol=1e-5)
 
 
-def test_what_dead_units_cost_a_learned_optimizer():
-    """Padding dilutes per-tensor statistics, so a learned optimizer's steps differ a little: bounded here, not hidden."""
-    learned = model.hierarchical()
-    theta = learned.init(jax.random.key(0))
-    theta |= {"step/w": 0.05 * jax.random.normal(jax.random.key(2), theta["step/w"].shape)}
-    optimizer, task = learned.optimizer(theta), small_task()
-    inner = tasks.init_inner(FAMILY, optimizer, task, jax.random.key(0))
-    params = real(task, inner.params)
-    state, start = optimizer.init(params), params
-    padded_step = jax.jit(lambda inner, key: tasks.inner_step(FAMILY, optimizer, task, inner, key))
-
-    @jax.jit
-    def plain_step(params, state, padded, step, key):
-        batch_key, valid_key = jax.random.split(key)
-        loss, grads = jax.value_and_grad(plain_loss, argnums=1)(task, params, FAMILY.batch(task, batch_key, "train"))
-        valid = FAMILY.loss(task, padded, FAMILY.batch(task, valid_key, "inner_valid"))
-        valid = jnp.where(step % 10 == 0, valid, jnp.nan)
-        updates, state = optimizer.update(grads, state, params, loss=loss, valid_loss=valid)
-        return jax.tree.map(jnp.add, params, updates), state
-
-    for t in range(20):
-        params, state = plain_step(params, state, inner.params, inner.step, jax.random.key(t))
-        inner = padded_step(inner, jax.random.key(t))
-    distance = lambda a, b: float(jnp.sqrt(sum(jnp.sum((a[k] - b[k]) ** 2) for k in a)))
-    shift = distance(real(task, inner.params), params) / distance(params, start)
-    assert 0 < shift < 0.3
-
-
-def test_tasks_differ_are_deterministic_and_stay_in_range():
-    many = jax.vmap(FAMILY.sample)(jax.random.split(jax.random.key(0), 500))
-    again = jax.vmap(FAMILY.sample)(jax.random.split(jax.random.key(0), 500))
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, many, again))
-    assert len(np.unique(np.asarray(many.init_scale))) > 490
-    assert set(np.unique(many.depth)) == {1, 2} and set(np.unique(many.activation)) == {0, 1, 2, 3}
-    for x, low, high in ((many.widths, 8, 32), (many.letters.batch_size, 8, 64), (many.init_scale, 0.5, 2), (many.letters.input_noise, 0, 0.3)):
-        assert x.min() >= low and x.max() <= high and x.max() - x.min() > 0.8 * (high - low)
-    assert all(len(set(row)) == 10 for row in np.asarray(many.letters.classes))
-
-
-def test_splits_share_no_font_and_alphabets_no_letter():
-    fonts = [font for split in tasks.SPLITS for font in tasks.FONTS[split]]
-    assert len(fonts) == len(set(fonts)) == 16
-    assert not set(tasks.ALPHABETS["meta_train"]) & set(tasks.ALPHABETS["held_out"])
-    assert all(len(set(letters)) == len(letters) for letters in tasks.ALPHABETS.values())
-    for name, images in tasks.letters().items():
+def test_splits_share_no_font_and_alphabets_no_letter_and_each_letter_has_ink():
+    fonts = [font for split in data.SPLITS for font in data.FONTS[split].split()]
+    both = "".join(data.ALPHABETS.values())
+    assert len(fonts) == len(set(fonts)) == 16 and len(set(both)) == len(both)
+    for name, images in data.letters().items():
         alphabet, split = name.split("/")
-        assert images.shape == (len(tasks.ALPHABETS[alphabet]), 8 * len(tasks.FONTS[split]), 16, 16)
-        ink = images.reshape(*images.shape[:2], -1).mean(-1)
-        assert ink.min() > 2
+        number = len(data.ALPHABETS[alphabet]), 8 * len(data.FONTS[split].split())
+        assert images.shape == (*number, 16, 16) and images.mean((2, 3)).min() > 2
 
 
 def test_batches_come_from_their_split_with_the_tasks_noise():
-    task = small_task()
-    clean = {split: FAMILY.batch(task, jax.random.key(3), split) for split in tasks.SPLITS}
-
-    def pixels(split):
-        drawn, shifts = tasks.letters()[f"meta_train/{split}"], (-1, 0, 1) if split == "train" else (0,)
-        images = np.concatenate([np.roll(drawn, (i, j), (2, 3)) for i in shifts for j in shifts], 1)
-        return images.reshape(*images.shape[:2], 8, 2, 8, 2).mean((3, 5)) / 255
-
-    mean = pixels("train").mean((0, 1))
-    for split, (x, y, weight) in clean.items():
-        images = (pixels(split) - mean)[task.letters.classes]
+    batch, none, letters = jax.jit(tasks.mlp().batch, static_argnums=2), jnp.float32(0), data.letters()
+    task = rows(drawn("mlp")[0], 5) | dict(
+        batch_size=tasks.first(13, 64), input_noise=none, label_noise=none)
+    noisy, wrong = task | dict(input_noise=none + 0.2), task | dict(label_noise=none + 0.25)
+    for split in data.SPLITS:  # train comes first
+        shifts = (-1, 0, 1) if split == "train" else (0,)
+        images = np.concatenate([np.roll(letters[f"meta_train/{split}"], (i, j), (2, 3))
+                                 for i in shifts for j in shifts], 1)
+        images = images.reshape(*images.shape[:2], 8, 2, 8, 2).mean((3, 5)) / 255
+        mean = images.mean((0, 1)) if split == "train" else mean
+        images = (images - mean)[task["classes"]] * task["input_scale"]
+        x, y, real = batch(task if split == "train" else wrong, random.key(3), split)
         for i in range(5):
-            match = np.abs(images[y[i]].reshape(-1, 64) * task.letters.input_scale - x[i][None]).max(1).min()
-            assert match < 1e-4  # a grey level is 0.004
-        assert weight.sum() == (13 if split == "train" else 64)
-    noisy = task._replace(letters=task.letters._replace(input_noise=jnp.float32(0.2), label_noise=jnp.float32(0.25)))
-    x, y, _ = jax.vmap(lambda k: FAMILY.batch(noisy, k, "train"))(jax.random.split(jax.random.key(0), 300))
-    x0, y0, _ = jax.vmap(lambda k: FAMILY.batch(task, k, "train"))(jax.random.split(jax.random.key(0), 300))
-    np.testing.assert_allclose((x - x0).std(), 0.2 * task.letters.input_scale, rtol=0.02)
-    assert abs((y != y0).mean() - 0.25) < 0.05
-    valid = FAMILY.batch(noisy, jax.random.key(0), "outer_valid")
-    assert (valid[1] == FAMILY.batch(task, jax.random.key(0), "outer_valid")[1]).all()
-
-
-def test_a_damaged_cache_is_drawn_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks.matplotlib, "get_cachedir", lambda: str(tmp_path))
-    tasks.letters.cache_clear()
-    first = tasks.letters()
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:1000])
-    tasks.letters.cache_clear()
-    again = tasks.letters()
-    tasks.letters.cache_clear()
-    assert all((first[k] == again[k]).all() for k in first)
-    assert np.load(path)["held_out/test"].shape == first["held_out/test"].shape
+            distance = np.abs(images[y[i]].reshape(-1, 64) - x[i][None]).max(1)
+            assert distance.min() < 1e-4  # a grey level is 0.004
+        assert real.sum() == (13 if split == "train" else 64)
+    many = jax.vmap(lambda task, key: batch(task, key, "train")[:2], (None, 0))
+    (x, y), (x1, y1), (x2, y2) = (
+        [np.array(a).reshape(300 * 64, -1) for a in many(t, random.split(random.key(0), 300))]
+        for t in (task, noisy, wrong))
+    np.testing.assert_allclose((x1 - x).std(), 0.2 * task["input_scale"], rtol=0.02)
+    assert (y1 == y).all() and (x2 == x).all() and abs((y2 != y).mean() - 0.25) < 0.05
+    examples = [(label.item(), image.tobytes()) for label, image in zip(y, x)]
+    filed = dict(zip(examples, y2[:, 0]))
+    assert [filed[example] for example in examples] == y2[:, 0].tolist()  # for good
 
 
 def test_no_page_of_text_is_in_two_pools_or_splits():
-    symbols = np.array(list(tasks.SYMBOLS))
-    parts = {(pool, split): "".join(symbols[x]) for pool in tasks.ALPHABETS for split, x in tasks.texts(pool).items()}
-    for text in tasks.topics.topics.values():
-        clean = "".join(c if c in tasks.SYMBOLS else tasks.SYMBOLS[-1] for c in text.lower())
-        assert sum(clean in part for part in parts.values()) == 1
-    assert min(map(len, parts.values())) > 10000
+    symbols = np.array(list(data.SYMBOLS))
+    parts = ["".join(symbols[x]) for pool in data.ALPHABETS for x in data.texts(pool).values()]
+    for text in topics.topics.values():
+        clean = "".join(c if c in data.SYMBOLS else data.SYMBOLS[-1] for c in text.lower())
+        assert sum(clean in part for part in parts) == 1
+    assert min(map(len, parts)) > 10000

@@ -1,0 +1,159 @@
+"""What the machine gives: devices, other processes, files that are whole or absent, one cache."""
+import contextlib
+import functools
+import os
+import sys
+import threading
+import zipfile
+import zlib
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from jax.experimental import multihost_utils
+
+CACHE = matplotlib.get_cachedir()  # compiled programs, letters, baselines' curves; may be deleted
+
+
+def configure_jax(devices=None):
+    """One CPU device per core, since small steps don't fill two; and compiled programs are kept."""
+    devices = devices or os.cpu_count()
+    if devices != jax.config.jax_num_cpu_devices:  # once JAX has begun, setting it is an error
+        jax.config.update("jax_num_cpu_devices", devices)
+    if not jax.config.jax_compilation_cache_dir:
+        folder = os.path.join(CACHE, "learned_optimizer_programs")
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+# ---------------------------------------------------------------- rows on devices
+
+def sharding(n, alone=False):
+    """How to lay out n rows (a multiple of the number of processes) over devices.
+
+    Each process gives the same number of its own, as many as divide n; `alone`, only this one does.
+    """
+    processes = [jax.local_devices(i) for i in range(jax.process_count())]
+    if alone:
+        processes = [jax.local_devices()]
+    most = range(1, len(processes[0]) + 1)
+    share = max(d for d in most if n % (d * len(processes)) == 0)
+    devices = [device for process in processes for device in process[:share]]
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=auto, devices=devices)
+    return jax.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+
+
+def over_rows(f, rows):
+    """f(row) of each row, stacked. A CPU takes them one after another, elsewhere all go at once.
+
+    So on a CPU a row stays in the cache, and of its branches only one is computed.
+    """
+    if len(jax.tree.leaves(rows)[0]) == 1:
+        only = f(jax.tree.map(lambda x: x[0], rows))
+        return jax.tree.map(lambda x: jnp.expand_dims(x, 0), only)
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(f, rows)
+    return jax.vmap(f)(rows)
+
+
+def over_devices(f, n, alone=False):
+    """-> g(shared, n rows) = f(shared, row) of each row, stacked, on the devices of `sharding`."""
+    def each(shared, rows):
+        return over_rows(functools.partial(f, shared), rows)
+
+    rows, everywhere = sharding(n, alone), jax.sharding.PartitionSpec()
+    specs = dict(in_specs=(everywhere, rows.spec), out_specs=rows.spec)
+    return jax.shard_map(each, mesh=rows.mesh, check_vma=False, **specs)
+
+
+# ---------------------------------------------------------------- several processes
+
+def connect(coordinator, processes, process, wait):
+    """Makes this process one of several, which share the rows; a ConnectionError if it can't be."""
+    where = dict(coordinator_address=coordinator) if coordinator != "auto" else {}
+    jax.config.update("jax_enable_recoverability", True)  # or JAX would abort this process, too
+    never = 10 ** 5  # seconds: it is `together` that limits the waiting
+    timeouts = dict(initialization_timeout=never, heartbeat_timeout_seconds=never)
+    with together(wait, "is --coordinator right, and has each been started?"):
+        jax.distributed.initialize(
+            **where, num_processes=processes, process_id=process, shutdown_timeout_seconds=5,
+            **timeouts)
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # one of them tells what happens
+
+
+@contextlib.contextmanager
+def together(wait, advice):
+    """What is inside needs the other processes: a ConnectionError if one is gone.
+
+    If one is silent for `wait` seconds this process ends, with one sentence: a thread that waits
+    for another machine can't be told anything.
+    """
+    def end():
+        print(f"{os.path.basename(sys.argv[0])}: error: no answer from the other processes for "
+              f"{wait:g} s; {advice}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(wait, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ConnectionError(f"other processes can't be reached ({reason}); {advice}") from error
+    finally:
+        timer.cancel()
+
+
+def gathered(tree):
+    """The tree with its rows from all processes, in numpy arrays."""
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+# ---------------------------------------------------------------- files
+
+@contextlib.contextmanager
+def whole(path):
+    """The name of a file to be written, which takes the place of `path` once it is complete."""
+    folder, name = os.path.split(path)
+    partial = os.path.join(folder, f"partial-{name}")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def write_npz(path, arrays):
+    """All or nothing: the file at `path` is the old one or the new one, never a part of it."""
+    with whole(path) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_npz(path):
+    """-> dict of arrays; nothing is unpickled. ValueError, one sentence, if it can't be read."""
+    damages = OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except FileNotFoundError:
+        raise ValueError(f"There is no file {path}.") from None
+    except damages as error:
+        raise ValueError(f"{path} is damaged or not an .npz file ({error}).") from None
+
+
+def kept(name, make):
+    """The arrays of make(), from the cache if they are there; a damaged copy is made again."""
+    path = os.path.join(CACHE, f"learned_optimizer_{name}.npz")
+    try:
+        return read_npz(path)
+    except ValueError:
+        arrays = make()
+    with contextlib.suppress(OSError):  # a read-only home costs the time again, nothing else
+        write_npz(path, arrays)
+    return arrays
