@@ -257,7 +257,7 @@ def train(settings, folder, run, rows, outer_steps, deadline=np.inf,
                                  f"{folder} holds is from before them: begin anew with a lower "
                                  "--learning-rate.")
         with together():
-            save(settings, folder, run, rows)
+            run = save(settings, folder, run, rows)
     if stopped:
         raise KeyboardInterrupt
     return run
@@ -293,11 +293,11 @@ def report(settings, row, deadline):
 # ---------------------------------------------------------------- on disk
 
 def save(settings, folder, run, rows):
-    """checkpoint.npz to go on from, theta.npz for use, log.csv and curves.png to look at. The first
-    process writes what all have, so that a run can go on with others."""
+    """checkpoint.npz to go on from, theta.npz for use, log.csv and curves.png to look at -> Run, in
+    numpy arrays. The first process writes what all have, so that a run can go on with others."""
     run = machine.gathered(run)
     if jax.process_index():
-        return
+        return run
     arrays = {f"leaf{i:04}": x for i, x in enumerate(tree.leaves(run))}
     about = {"settings": json.dumps(dataclasses.asdict(settings)), "log": json.dumps(rows)}
     machine.write_npz(folder / "checkpoint.npz", arrays | about)
@@ -310,6 +310,7 @@ def save(settings, folder, run, rows):
               "gradient": dict(title="norm of the meta-gradient", yscale="log")}
     lines = [(name, row["family"], row["step"], row[name]) for name in panels for row in rows]
     evaluate.picture(folder / "curves.png", lines, panels)
+    return run
 
 
 def save_theta(settings, folder, run):

@@ -1,4 +1,5 @@
 """The comparison's arithmetic by hand; what is fitted; the command line as a user meets it."""
+import functools
 import json
 import subprocess
 import sys
@@ -17,51 +18,40 @@ import tasks
 from test_meta_train import ROOT, bowl, rates, refused
 
 
-def plain_curve(key, rate, horizon, splits=("train", "test")):
-    """Losses [1 + horizon / 20, 2] of Adam on a bowl, whose gradient is known."""
-    family, adam = bowl(), model.adam(rate)
+def plain_curve(key, rate, splits=("train", "test")):
+    """Losses [3, 2] of 40 steps of Adam on a bowl, whose gradient is known."""
+    family, adam, curve = bowl(), model.adam(rate), []
     task_key, init_key, step_key, measure_key = random.split(key, 4)
     task = family.sample(task_key)
     params = family.init(task, init_key)
     state, update = adam.init(params), jax.jit(adam.update)
-
-    def measure():
-        return [np.mean([family.loss(task, params, family.batch(task, k, split))
-                         for k in random.split(measure_key, 8)]) for split in splits]
-
-    curve = [measure()]
-    for segment in random.split(step_key, horizon // 20):
-        for k in random.split(segment, 20):
+    for segment in [[], *(random.split(k, 20) for k in random.split(step_key))]:
+        for k in segment:
             batch = family.batch(task, random.split(k)[0], "train")
             updates, state = update({"x": 2 * task * (params["x"] - batch)}, state)
             params = {"x": params["x"] + updates["x"]}
-        curve.append(measure())
-    return curve
+        curve.append([np.mean([family.loss(task, params, family.batch(task, k, split))
+                               for k in random.split(measure_key, 8)]) for split in splits])
+    return np.array(curve)
 
 
 def test_learning_curves_shared_out_among_devices_are_those_of_a_plain_loop():
     keys = random.split(random.key(0), 6)
     curves = evaluate.learning_curves(bowl(), model.adam, jnp.float32([0.01, 0.1]), keys, 40)
     assert curves.shape == (6, 2, 3, 2) and jax.device_count() == 2
-    np.testing.assert_allclose(curves[4, 1], plain_curve(keys[4], 0.1, 40), rtol=1e-3)
+    np.testing.assert_allclose(curves[4, 1], plain_curve(keys[4], 0.1), rtol=1e-3)
 
 
 def test_curves_are_kept_by_content(tmp_path, monkeypatch):
-    """Read back for the same program and numbers alone; a damaged copy is made again."""
     monkeypatch.setattr(machine, "CACHE", tmp_path)
-    settings, keys, family = jnp.float32([0.01, 0.1]), random.split(random.key(0), 2), bowl()
-    curves = evaluate.kept_curves(family, model.adam, settings, keys, 20)
-    (path,) = tmp_path.iterdir()
+    kept = functools.partial(evaluate.kept_curves, bowl(), horizon=20)
+    given = model.adam, jnp.float32([0.01, 0.1]), random.split(random.key(0), 2)
+    curves, (path,) = kept(*given), tmp_path.iterdir()
     machine.write_npz(path, {"curves": curves + 1})
-    again = evaluate.kept_curves(family, model.adam, settings, keys, 20)
-    np.testing.assert_array_equal(again, curves + 1)
-    path.write_bytes(path.read_bytes()[:100])
-    again = evaluate.kept_curves(family, model.adam, settings, keys, 20)
-    np.testing.assert_array_equal(again, curves)
-    for others in ((model.adam, 2 * settings, keys), (model.adam, settings, keys[::-1]),
-                   (model.rmsprop, settings, keys)):
-        assert (evaluate.kept_curves(family, *others, 20) != curves).any()
-    assert len(list(tmp_path.iterdir())) == 4
+    np.testing.assert_array_equal(kept(*given), curves + 1)
+    path.write_bytes(path.read_bytes()[:100])  # a damaged copy is made again
+    for i, other in enumerate((model.rmsprop, 2 * given[1], given[2][::-1], model.adam)):
+        assert (kept(*given[:i % 3], other, *given[i % 3 + 1:]) != curves).any() == (i < 3)
 
 
 def test_a_pool_holds_what_adam_reaches_at_its_best_rate_on_each_of_its_tasks():
@@ -69,16 +59,9 @@ def test_a_pool_holds_what_adam_reaches_at_its_best_rate_on_each_of_its_tasks():
     weights = np.array([0.5, 1.0]) ** 4
     for i, key in enumerate(random.split(random.key(2 ** 31), 3)):
         assert (random.key_data(keys[i]) == random.key_data(random.split(key, 4)[0])).all()
-        curves = np.array([plain_curve(key, rate, 40, ["outer_valid"]) for rate in evaluate.RATES])
+        curves = np.array([plain_curve(key, rate, ["outer_valid"]) for rate in evaluate.RATES])
         shares = np.sqrt(curves[:, 1:, 0] / curves[:, :1, 0]) @ weights / weights.sum()
         np.testing.assert_allclose(baselines[i], min(shares.min(), 0.9), rtol=1e-3)
-
-
-def test_best_is_per_task_and_ignores_broken_runs():
-    curves = np.float64([[[9, 3, 1], [9, 2, 2], [9, 0, np.nan]],
-                         [[9, 5, 4], [9, np.inf, 0], [9, 8, 8]]])
-    np.testing.assert_array_equal(evaluate.best(curves, evaluate.final_loss), [1, 4])
-    np.testing.assert_array_equal(evaluate.best(curves, evaluate.mean_loss), [2, 4.5])
 
 
 def test_speedup_by_hand():
@@ -93,9 +76,8 @@ def test_speedup_by_hand():
 
 
 def curves_of(learned, adam):
-    def both(c):
-        return np.stack([np.float64(c)] * 2, -1)
-    return {name: both(adam) for name in evaluate.BASELINES} | {"learned": both(learned)}
+    curves = dict.fromkeys(evaluate.BASELINES, adam) | {"learned": learned}
+    return {name: np.stack([np.float64(c)] * 2, -1) for name, c in curves.items()}
 
 
 def test_a_summary_by_hand():
@@ -103,17 +85,16 @@ def test_a_summary_by_hand():
     adam = [[[4, 3, 3]], [[4, 2, 2]], [[4, 4, 4]], [[4, 2, 2]]]
     result = evaluate.summary(curves_of(learned, adam))
     assert result["tasks"] == 4 and result["horizon"] == 40 and result["diverged"] == 2
-    assert result["versus"]["Adam"]["win_mean"] == 2 / 4   # tasks 0 and 2
-    assert result["versus"]["Adam"]["win_final"] == 1 / 4  # task 0
-    tuned = result["tuned"]["Adam"]
-    np.testing.assert_allclose(tuned["test_final_loss_mean"], (3 + 2 + 4 + 2) / 4 / 4)
-    np.testing.assert_allclose(tuned["test_mean_loss_median"], 2.5 / 4)
+    versus, tuned = result["versus"]["Adam"], result["tuned"]["Adam"]
+    assert versus["win_mean"] == 2 / 4 and versus["win_final"] == 1 / 4  # tasks 0 and 2; 0
+    assert tuned["test_final_loss_mean"] == (3 + 2 + 4 + 2) / 4 / 4
+    assert tuned["test_mean_loss_median"] == 2.5 / 4
     # of two settings each is best on one task, the first in the mean; a third breaks on one
     adam = [[[4, 1, 1], [4, 3, 3], [4, 0, 0]], [[4, 2, 2], [4, 1, 1], [4, np.nan, 0]]]
     result = evaluate.summary(curves_of([[[4, 2, 2]]] * 2, adam))
-    for name, one, each in (("Adam", 1.5, 0.5), ("learned", 2, 2)):
-        for regime, loss in (("off_the_shelf", one), ("tuned", each)):
-            np.testing.assert_allclose(result[regime][name]["test_final_loss_mean"], loss / 4)
+    found = [result[regime][name]["test_final_loss_mean"] * 4
+             for name in ("Adam", "learned") for regime in ("off_the_shelf", "tuned")]
+    assert found == [1.5, 0.5, 2, 2]
 
 
 def test_the_bootstrap_against_the_binomial_distribution():
@@ -134,34 +115,31 @@ def test_the_fit_is_the_lowest_point_of_a_parabola_less_two_standard_errors():
 
 
 @pytest.mark.parametrize("target, split", [("valid", "outer_valid"), ("train", "train")])
-def test_the_fit_tries_five_multiples_twice_and_never_looks_at_the_test_split(
-        target, split, monkeypatch):
-    family, tried, key = bowl(), [], random.key(1)
-    theta = rates().init(random.key(0))
+def test_the_fit_tries_multiples_and_never_looks_at_the_test_split(target, split, monkeypatch):
+    tried, key, theta = [], random.key(1), rates().init(random.key(0))
 
-    def curves(watched, make_optimizer, variants, keys, horizon):
-        tried.append([np.asarray(variants[name] - theta[name]) for name in ("log_bias", "log_lr")])
-        seen, wanted = watched.batch((), key, "test"), family.batch((), key, split)
+    def curves(family, make_optimizer, variants, keys, horizon):
+        seen, wanted = family.batch((), key, "test"), bowl().batch((), key, split)
         np.testing.assert_array_equal(seen, wanted)
-        bias, every = tried[-1]
-        later = 1 + (bias + 1.5) ** 2 + (every + 0.2) ** 2
-        losses = np.stack([np.ones(5), later, later], -1)[None, :, :, None]  # [tasks, h, points, 2]
-        return losses * np.ones((len(keys), 1, 1, 2))
+        tried.append([np.asarray(variants[name] - theta[name]) for name in ("log_bias", "log_lr")])
+        later = 1 + (tried[-1][0] + 1.5) ** 2 + (tried[-1][1] + 0.2) ** 2
+        losses = np.stack([np.ones(5), later, later], -1)
+        return np.broadcast_to(losses[None, :, :, None], (len(keys), 5, 3, 2))
 
     monkeypatch.setattr(evaluate, "learning_curves", curves)
-    fitted = evaluate.fit_step_size(rates(), theta, [family] * 2, random.split(key, 4), 40, target)
+    fitted = evaluate.fit_step_size(rates(), theta, [bowl()] * 2, random.split(key, 4), 40, target)
     quarter = np.log(0.25)  # the nearest to -1.5 of the five
     np.testing.assert_allclose(tried[0], [-np.log(2) * np.arange(5), np.zeros(5)], atol=1e-5)
     np.testing.assert_allclose(tried[2], [[quarter] * 5, np.log(evaluate.MULTIPLES)], atol=1e-5)
-    np.testing.assert_allclose(fitted["log_bias"] - theta["log_bias"], quarter, atol=1e-6)
-    np.testing.assert_allclose(fitted["log_lr"] - theta["log_lr"], -0.2, atol=0.02)
+    found = [fitted[name] - theta[name] for name in ("log_bias", "log_lr")]
+    np.testing.assert_allclose(found, [quarter, -0.2], atol=0.02)
 
 
 def test_the_command_writes_table_and_picture(tmp_path):
     theta = model.per_parameter_mlp(units=4).init(random.key(0))
     model.save(tmp_path / "theta.npz", "per_parameter_mlp", theta, sizes={"units": 4})
-    command = "theta.npz --family function --tasks 4 --horizon 20 --json table.json".split()
-    done = subprocess.run([sys.executable, ROOT / "evaluate.py", *command], cwd=tmp_path,
+    more = "theta.npz --family function --tasks 4 --horizon 20 --json table.json".split()
+    done = subprocess.run([sys.executable, ROOT / "evaluate.py", *more], cwd=tmp_path,
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "table.json").read_text())
@@ -177,8 +155,7 @@ def my_data(shape=(28, 28), n=60, dtype=np.uint8, targets=np.int64):
     """Images (or rows) whose brightness tells the class."""
     rng, arrays = np.random.default_rng(0), {}
     for part, size in (("train", n), ("test", 20)):
-        y = np.arange(size) % 3
-        noise = rng.uniform(0, 20, (size, *shape))
+        y, noise = np.arange(size) % 3, rng.uniform(0, 20, (size, *shape))
         arrays[f"x_{part}"] = (50 * y.reshape(-1, *[1] * len(shape)) + noise).astype(dtype)
         arrays[f"y_{part}"] = y.astype(targets)
     return arrays
@@ -193,9 +170,9 @@ def test_adam_learns_your_own_data(shape, net, dtype, targets):
     if shape == (32, 32, 3):  # as Keras has cifar10
         arrays |= {name: y[:, None] for name, y in arrays.items() if name[0] == "y"}
     family = tasks.own(arrays, net, max_batch=16)
-    curve = jax.jit(lambda key: evaluate.learning_curve(family, model.adam(0.003), key, 40))(
-        random.key(0))
-    assert curve[-1, 1] < 0.3 * curve[0, 1]
+    curve = jax.jit(lambda key: evaluate.learning_curve(family, model.adam(0.003), key, 40))
+    losses = curve(random.key(0))[:, 1]
+    assert losses[-1] < 0.3 * losses[0]
 
 
 @pytest.mark.parametrize("center, scale, dtype", [

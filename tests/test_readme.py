@@ -1,4 +1,4 @@
-"""The README's snippets run, and the shipped files are of the commands that the results page names."""
+"""The README's snippets run; the shipped files are of the commands that the results page names."""
 import dataclasses
 import re
 
@@ -29,8 +29,7 @@ def test_use_it_on_your_own_loss_and_add_a_task(monkeypatch):
 
 
 def test_the_shipped_optimizers_are_of_the_commands_on_the_results_page():
-    page, asked = (ROOT / "figures" / "README.md").read_text(), []
-    flags = {}
+    page, asked, flags = (ROOT / "figures" / "README.md").read_text(), [], {}
     for line in re.findall(r"^    python meta_train.py (.+)$", page, re.M):
         new = dict(re.findall(r"--(\S+) (\S+)", line))
         flags = flags | new if "resume" in new else new  # that goes on with the line above
