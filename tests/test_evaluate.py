@@ -117,7 +117,6 @@ def test_the_fit_is_the_lowest_point_of_a_parabola_less_two_standard_errors():
 @pytest.mark.parametrize("target, split", [("valid", "outer_valid"), ("train", "train")])
 def test_the_fit_tries_multiples_and_never_looks_at_the_test_split(target, split, monkeypatch):
     tried, key, theta = [], random.key(1), rates().init(random.key(0))
-
     def curves(family, make_optimizer, variants, keys, horizon):
         seen, wanted = family.batch((), key, "test"), bowl().batch((), key, split)
         np.testing.assert_array_equal(seen, wanted)
@@ -125,7 +124,6 @@ def test_the_fit_tries_multiples_and_never_looks_at_the_test_split(target, split
         later = 1 + (tried[-1][0] + 1.5) ** 2 + (tried[-1][1] + 0.2) ** 2
         losses = np.stack([np.ones(5), later, later], -1)
         return np.broadcast_to(losses[None, :, :, None], (len(keys), 5, 3, 2))
-
     monkeypatch.setattr(evaluate, "learning_curves", curves)
     fitted = evaluate.fit_step_size(rates(), theta, [bowl()] * 2, random.split(key, 4), 40, target)
     quarter = np.log(0.25)  # the nearest to -1.5 of the five

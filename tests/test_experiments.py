@@ -19,7 +19,6 @@ def test_the_command_writes_a_picture_and_a_table(tmp_path, monkeypatch):
     def rows(seed):
         yield "a panel", "a line", np.arange(2), np.array([2.5, 3.5])
         yield "a panel", "another", "word", seed
-
     monkeypatch.setitem(experiments.EXPERIMENTS, "landscape", rows)
     out = tmp_path / "new"
     monkeypatch.setattr(sys, "argv", ["", "landscape", "--seed", "7", "--out", str(out)])

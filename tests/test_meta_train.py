@@ -37,6 +37,8 @@ SETTINGS = meta_train.Settings(tasks=("function", "mlp"), optimizer="per_paramet
 log_of = lambda folder: [row | {"seconds": 0} for row in csv.DictReader(
     (folder / "log.csv").read_text().splitlines())]
 steps_logged = lambda folder: [int(row["step"]) for row in log_of(folder)]
+outer_steps_done = lambda folder: (model.about(folder / "theta.npz")["outer_steps_done"]
+                                   if (folder / "theta.npz").exists() else -1)
 contents = lambda folder: {str(path.relative_to(folder)): path.is_file() and path.read_bytes()
                            for path in folder.rglob("*")}
 rate_of = lambda theta: jnp.exp(theta["log_lr"] + theta["log_bias"])
@@ -61,11 +63,8 @@ def rates(horizon=400):
 
 
 made = functools.cache(meta_train.make_outer)
-
-
-def make_outer(settings):
-    """Compiled once: what else a run is told doesn't change an outer step."""
-    return made(dataclasses.replace(settings, outer_steps=1, minutes=1.0, save_seconds=1.0))
+make_outer = lambda settings: made(dataclasses.replace(  # what else a run is told changes no step
+    settings, outer_steps=1, minutes=1.0, save_seconds=1.0))
 
 
 def play(monkeypatch):
@@ -97,11 +96,6 @@ def refused(program, arguments, monkeypatch, capsys):
     return err.splitlines()[-1]
 
 
-def outer_steps_done(folder):
-    path = folder / "theta.npz"
-    return model.about(path)["outer_steps_done"] if path.exists() else -1
-
-
 def wait_until(ready, *processes):
     deadline = time.monotonic() + 600
     while not ready():
@@ -113,7 +107,7 @@ def start(*arguments, cwd):
     """A process that runs meta_train.py with the toys, and not too fast."""
     code = (f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; import time, pytest\n"
             "import meta_train, test_meta_train; test_meta_train.play(pytest.MonkeyPatch())\n"
-            "meta_train.report = lambda *_: time.sleep(0.02); sys.argv[0] = 'meta_train.py'\n"
+            "meta_train.report = lambda *_: time.sleep(0.05); sys.argv[0] = 'meta_train.py'\n"
             "meta_train.main()")
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], cwd=cwd,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -141,18 +135,18 @@ def test_a_run_ends_with_the_table_and_all_files_and_the_fit_changes_the_step_si
 
 
 def test_kill_and_resume_is_bit_identical(toys, tmp_path):
-    folder, whole, arguments = tmp_path / "run", tmp_path / "whole", [*TINY, "--outer-steps", 150]
+    folder, whole, arguments = tmp_path / "run", tmp_path / "whole", [*TINY, "--outer-steps", 100]
     process = start(*arguments, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
-    main(*arguments, "--out", whole)
     wait_until(lambda: outer_steps_done(folder) > 0, process)
     process.kill()
     process.communicate()
-    assert outer_steps_done(folder) < 150 and model.load(folder / "theta.npz")  # not cut off
+    assert outer_steps_done(folder) < 100 and model.load(folder / "theta.npz")  # not cut off
     process = start("--resume", folder, cwd=tmp_path)
+    main(*arguments, "--out", whole)
     assert process.communicate(timeout=600)[1] == "" and process.returncode == 0
     mine, reference = (machine.read_npz(x / "checkpoint.npz") for x in (folder, whole))
     assert all((mine[k] == x).all() for k, x in reference.items() if k.startswith("leaf"))
-    assert log_of(folder) == log_of(whole) and steps_logged(folder) == list(range(1, 151))
+    assert log_of(folder) == log_of(whole) and steps_logged(folder) == list(range(1, 101))
 
 
 @pytest.fixture(scope="module")
@@ -177,13 +171,11 @@ def interrupted(monkeypatch, interruption):
 def test_ctrl_c_and_a_scheduler_save_and_leave_and_meanwhile_no_other_run_may(
         number, toys, tmp_path, monkeypatch, capsys):
     folder, handler = tmp_path / "run", signal.getsignal(number)
-
     def interruption(run):
         if run.step == 3:
             arguments = "--devices", 2, "--resume", folder
             assert "Another run is at work" in refused("meta_train", arguments, monkeypatch, capsys)
             os.kill(os.getpid(), number)
-
     interrupted(monkeypatch, interruption)
     main(*TINY, "--save-seconds", 1e-9, "--out", folder)
     assert f"stopped; go on with --resume {folder}" in capsys.readouterr().out
@@ -282,18 +274,18 @@ def test_wrong_uses_end_in_one_sentence_and_write_nothing(
 @pytest.mark.parametrize("b", [0, 0.6])
 def test_the_outer_loss_is_the_root_of_the_relative_loss_and_grows_with_time(target, split, b):
     """After step 30 of 40, by hand; in new tasks, and in those of a pool with its baselines."""
-    family, theta, keys = bowl(), rates().init(random.key(0)), random.split(random.key(2), 3)
+    family, theta, key = bowl(), rates().init(random.key(0)), random.key(2)
     pool = (random.split(random.key(5), 2), jnp.float32([b, b])) if b else None
     problem = meta_train.inner_problem(family, rates(), target, 40, pool=pool)
-    task, inner, begin, baseline = state = problem.reset(theta, random.key(1))
-    last, (step_key, batch_key) = random.split(random.key(1), 3)[2], random.split(keys[0])
+    task, inner, begin, baseline = problem.reset(theta, random.key(1))
     assert not b or any((task == family.sample(key)).all() for key in pool[0])
+    last, (step_key, batch_key) = random.split(random.key(1), 3)[2], random.split(key)
     assert begin == family.loss(task, inner.params, family.batch(task, last, split))
     slope = 2 * task * (inner.params["x"] - family.batch(task, random.split(step_key)[0], "train"))
     x = inner.params["x"] - rate_of(theta) * slope
     value = jnp.sum(task * (x - family.batch(task, batch_key, split)) ** 2)
     state = task, inner._replace(step=jnp.int32(29)), begin, baseline
-    (_, after, *_), loss = jax.jit(problem.step)(theta, state, keys[0])
+    (_, after, *_), loss = jax.jit(problem.step)(theta, state, key)
     np.testing.assert_allclose(after.params["x"], x, rtol=1e-5)
     expected = 10 * 0.75 ** 4 * (np.sqrt(value / begin) - b) / (1 - b)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
@@ -309,7 +301,6 @@ def test_batches_that_are_not_finite_leave_the_gradient_of_the_others():
         problem = meta_train.inner_problem(family, rates(), "valid", 20, adjoint=1e9)
         unroll, key = estimators.make_unroll(problem, 20, 20, evaluate.CAP), random.key(0)
         return unroll(theta, problem.reset(theta, key), 20, key)[::2]
-
     found = jax.jit(jax.grad(slope, has_aux=True))
     theta = rates().init(random.key(0))
     (broken, capped), (left_out, _) = (found(theta, x) for x in (jnp.nan, 0.0))
@@ -329,16 +320,12 @@ def test_outer_steps_follow_adam_or_a_learned_optimizer_on_the_clipped_gradient(
         SETTINGS, tasks=("function",), estimator=name, sigma=0.01, decay_steps=5.0,
         outer_optimizer=mover)
     plain = getattr(estimators, name)
-
     def telling(*problem, **options):  # the gradient itself, not its norm alone
-        estimator = plain(*problem, **options)
-
+        init, estimate = plain(*problem, **options)
         def told(*state):
-            gradient, particles, row = estimator.estimate(*state)
+            gradient, particles, row = estimate(*state)
             return gradient, particles, row | gradient
-
-        return estimator._replace(estimate=told)
-
+        return estimators.Estimator(init, told)
     monkeypatch.setattr(estimators, name, telling)
     begin, steps = made(settings)
     flat = lambda of: np.array([of["log_lr"], of["log_bias"]], float)

@@ -218,6 +218,7 @@ def going_back(updates, path, losses):
 
 def hierarchical(T, on, horizon, grads, path, losses):
     """P2's optimizer, with those of our additions that are `on` -> the updates [n] at each step."""
+    losses = np.where(np.isfinite(losses), losses, NAN)
     past, shapes = {k: [] for k in grads[0]}, {k: SHAPES[k] for k in grads[0]}
     h, c, feedback = ({k: T[f"initial/{x}"] for k in shapes} for x in ("h", "c", "feedback"))
     context, rate, size = T["initial/context"], *[np.exp(T["clip/log_rate"])] * 2
@@ -369,7 +370,7 @@ def test_what_padding_changes(kind, most):
 def steps(path, horizon):
     """The parameters before each step of a small regression. (No softmax: there the mean gradient
     over classes is zero but for rounding, whose sign the LSTM reads, so that two builds part.)"""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)
     data = jnp.float32(rng.standard_normal((9, 16, 7)))  # batches of x (6) and noise
 
     def loss(params, i):

@@ -13,6 +13,7 @@ import model
 import tasks
 
 N = 32
+rows = lambda arrays, index: tree.map(lambda x: x[index], arrays)
 each_family = pytest.mark.parametrize("name", tasks.FAMILIES)
 
 
@@ -29,10 +30,6 @@ def drawn(name):
     return jax.jit(jax.vmap(begin))(random.split(random.key(0), N))
 
 
-def rows(arrays, index):
-    return tree.map(lambda x: x[index], arrays)
-
-
 @functools.cache
 def slopes(name):
     """Jitted f(tasks, params, batches) -> (losses, gradients), their derivatives along a line."""
@@ -46,7 +43,6 @@ def slopes(name):
 def test_tasks_differ_but_not_those_of_one_key_and_the_held_out_pool_has_other_data(name):
     def program(family):  # all its data stand in it
         return jax.jit(functools.partial(start, family)).lower(random.key(0)).as_text()
-
     task, make = drawn(name)[0], tasks.FAMILIES[name]
     assert program(make.__wrapped__()) == program(make()) != program(make("held_out"))
     flat = np.concatenate([np.float64(x).reshape(N, -1) for x in task.values()], 1)
@@ -172,7 +168,6 @@ def test_the_loss_against_plain_numpy(name, varied, values):
 def test_a_validation_loss_comes_at_every_tenth_step():
     def keep(grads, state, params, loss, valid_loss):
         return tree.map(jnp.zeros_like, grads), jnp.stack([loss, valid_loss])
-
     (task, params, _), family = rows(drawn("mlp"), 0), tasks.mlp()
     told = model.Optimizer(None, keep)
     inner = tasks.Inner(params, jnp.zeros(2), jnp.int32(0))
