@@ -93,7 +93,6 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         w = jnp.broadcast_to(w, (1, theta.size))
         past = past - jnp.sum(eps * w * rp, 1, keepdims=True) * xi / (sigma ** 2 or 1)
         gradient = jnp.mean(w * rp + (1 - w) * es + past, 0)
-
         if weight in MERGING:
             metrics |= {"variance_history": jnp.sum(jnp.var(past, 0, ddof=1))}
         metrics |= {"loss": jnp.mean(L)} | tree.map(jnp.sum, counts)
@@ -103,7 +102,6 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
             state = tree.map(lambda x: jnp.broadcast_to(x[:, :1], x.shape), state)
         t = jnp.where(t >= horizon, t - horizon, t) + truncation
         return unravel(gradient), Particles(state, xi, t, variances), metrics
-
     return Estimator(init, estimate)
 
 
@@ -188,7 +186,6 @@ def make_unroll(problem, truncation, horizon, cap):
         step = jax.checkpoint(step, policy=lambda primitive, *_, **__: "random" in primitive.name)
         state, (losses, capped) = lax.scan(step, state, random.split(key, truncation))
         return jnp.mean(losses), state, jnp.sum(capped)
-
     return unroll
 
 

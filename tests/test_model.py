@@ -370,7 +370,7 @@ def test_what_padding_changes(kind, most):
 def steps(path, horizon):
     """The parameters before each step of a small regression. (No softmax: there the mean gradient
     over classes is zero but for rounding, whose sign the LSTM reads, so that two builds part.)"""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(0)
     data = jnp.float32(rng.standard_normal((9, 16, 7)))  # batches of x (6) and noise
 
     def loss(params, i):
