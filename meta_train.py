@@ -247,7 +247,7 @@ def train(settings, folder, run, rows, outer_steps, deadline=np.inf,
                     break
                 if due:
                     save(settings, folder, run, rows)
-                    saved = now
+                    saved = time.monotonic()
                 run, row = next(found)
             rows.append(row)
             report(settings, row, deadline)
