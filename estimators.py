@@ -69,11 +69,11 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         size = ravel_pytree(theta)[0].size
         like = jax.eval_shape(problem.reset, theta, key)  # no values: the first truncation resets
         state = tree.map(lambda x: jnp.zeros((num_pairs, len(signs), *x.shape), x.dtype), like)
-        phase = jnp.arange(num_pairs) * (horizon // truncation) // num_pairs
+        phase = [n * (horizon // truncation) // num_pairs for n in range(num_pairs)]
         xi = jnp.zeros((num_pairs, size if history else 1))
         zeros, count = jnp.zeros(size), jnp.int32(0)
         variances = (zeros, zeros, count) if weight == "running" else ()
-        return Particles(state, xi, horizon + phase * truncation, variances)
+        return Particles(state, xi, horizon + truncation * jnp.array(phase), variances)
 
     def estimate(theta, particles, key):
         theta, unravel = ravel_pytree(theta)

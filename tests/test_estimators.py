@@ -223,6 +223,13 @@ def test_numbers_that_cannot_work_are_refused(name):
                 make(name, **{option: value})
 
 
+def test_each_first_truncation_resets_where_pairs_times_truncations_exceed_an_int32():
+    problem = estimators.InnerProblem(lambda theta, key: theta, lambda theta, s, key: (s, s[0]))
+    pes = estimators.pes(problem, num_pairs=500, truncation=1, horizon=10 ** 7, sigma=0.1)
+    t = np.array(pes.init(jnp.ones(2), jax.random.key(0)).t)
+    np.testing.assert_array_equal(t, 10 ** 7 + np.arange(500) * 10 ** 7 // 500)
+
+
 def test_a_bounded_adjoint_is_the_identity_with_a_clipped_gradient():
     """Clipped is the norm over all arrays together: here that of [3, 4, 12] is 13."""
     x = {"a": jnp.float32([3, 4]), "b": jnp.float32(12)}
