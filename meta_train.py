@@ -357,8 +357,8 @@ def parse(parser):
         folder = Path(flags.resume)
         arrays = machine.read_npz(folder / "checkpoint.npz")
         stored = json.loads(str(arrays.get("settings", "0")))
-        if not isinstance(stored, dict) or set(stored) != known:
-            raise ValueError(f"{folder} holds no checkpoint of this program.")
+        if not isinstance(stored, dict) or set(stored) != known or "log" not in arrays:
+            raise ValueError(f"{folder} holds no checkpoint of this version of the program.")
         stored["tasks"] = tuple(stored["tasks"])
         changed = [name for name in chosen if name not in FREE and chosen[name] != stored[name]]
         if changed:

@@ -233,8 +233,8 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --sigma -1; --num-pairs 0; --estimator merged --num-pairs 1; --decay-steps nan; --compare 3;
     --out small; --out file; --out file/run; --out /proc/run; --resume nowhere; --resume empty;
     --resume damaged; --resume foreign; --resume stranger; --resume=; --resume small --seed 4;
-    --resume less; --resume small --estimator es; --resume small --out other; --devices 0;
-    --devices two; --wait 0; --processes 2; --process 0; --coordinator here; --coordinator here:80;
+    --resume less; --resume former; --resume small --estimator es; --resume small --out other;
+    --devices 0; --devices two; --wait 0; --processes 2; --process 0; --coordinator here; --coordinator here:80;
     --coordinator here:there --processes 2 --process 0; --coordinator here:80 --processes 2;
     --coordinator here:80 --processes 2 --process 2;
     --coordinator here:80 --processes 2 --process -1""",
@@ -263,6 +263,10 @@ def test_wrong_uses_end_in_one_sentence_and_write_nothing(
     shutil.copytree(small, "less")  # a checkpoint with an array less
     arrays = machine.read_npz("less/checkpoint.npz")
     np.savez("less/checkpoint.npz", **{k: x for k, x in arrays.items() if k != "leaf0007"})
+    Path("former").mkdir()  # as versions wrote it that kept no log and named families in a string
+    stored = json.loads(str(arrays.pop("settings"))) | {"tasks": "mlp"}
+    kept = {k: x for k, x in arrays.items() if k != "log"}
+    np.savez("former/checkpoint.npz", settings=json.dumps(stored), **kept)
     before = contents(tmp_path)
     for arguments in WRONG[program].split(";"):
         devices = ["--devices", 2] * (program == "meta_train" and "--devices" not in arguments)
