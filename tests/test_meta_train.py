@@ -234,7 +234,8 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --out small; --out file; --out file/run; --out /proc/run; --resume nowhere; --resume empty;
     --resume damaged; --resume foreign; --resume stranger; --resume=; --resume small --seed 4;
     --resume less; --resume former; --resume small --estimator es; --resume small --out other;
-    --devices 0; --devices two; --wait 0; --processes 2; --process 0; --coordinator here; --coordinator here:80;
+    --devices 0; --devices two; --wait 0; --processes 2; --process 0; --coordinator here;
+    --coordinator here:80;
     --coordinator here:there --processes 2 --process 0; --coordinator here:80 --processes 2;
     --coordinator here:80 --processes 2 --process 2;
     --coordinator here:80 --processes 2 --process -1""",
