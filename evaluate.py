@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 import kinds
 import machine
 import model
+import own
 import tasks
 
 PRETRAINED = str(Path(__file__).with_name("pretrained.npz"))
@@ -63,7 +64,8 @@ BASELINES = {  # name: (optimizer(setting, horizon), settings)
     "Adam + cosine": (adam_cosine, RATES),
     "Muon + cosine": (lambda rate, horizon: model.muon(rate, 0.8, horizon), RATES),
 }
-LISTS = {"NAdamW, list of 10": (nadamw, NADAMW_LIST)}
+LISTS = {  # not in every comparison: settings are no learning rates, and it takes long
+    "NAdamW, list of 10": (nadamw, NADAMW_LIST)}
 
 
 # ---------------------------------------------------------------- learning curves
@@ -75,10 +77,10 @@ def train(family, optimizer, task, inner, key, steps):
     return jax.lax.scan(step, inner, random.split(key, steps))[0]
 
 
-def learning_curve(family, optimizer, key, horizon):
-    """Train one sampled task -> mean losses [1 + horizon / EVERY, 2], on train and test batches."""
+def run(family, optimizer, key, horizon, shared=()):
+    """Train one sampled task -> mean losses on train and test batches; what the family measures."""
     task_key, init_key, step_key, measure_key = random.split(key, 4)
-    task = family.sample(task_key)
+    task = family.sample(task_key, *shared)
 
     def measure(inner):
         def losses(key):
@@ -91,46 +93,51 @@ def learning_curve(family, optimizer, key, horizon):
         return inner, measure(inner)
 
     start = tasks.init_inner(family, optimizer, task, init_key)
-    _, losses = jax.lax.scan(segment, start, random.split(step_key, horizon // EVERY))
-    return jnp.vstack([measure(start), losses])
+    end, losses = jax.lax.scan(segment, start, random.split(step_key, horizon // EVERY))
+    return {"curves": jnp.vstack([measure(start), losses]),  # [1 + horizon / EVERY, 2]
+            "measured": family.measure(task, end.params)}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
-def learning_curves(family, make_optimizer, settings, keys, horizon):
-    """`learning_curve` of every task (keys [n]) at each of h settings -> [n, h, points, 2].
+def runs(family, make_optimizer, settings, keys, horizon, shared=()):
+    """`run` of every task (keys [n]) at each of h settings, stacked -> [n, h, ...].
 
     settings: a pytree of arrays [h, ...]; make_optimizer(one of them) -> Optimizer.
     """
-    def at_each(settings, key):
+    def at_each(given, key):
         def at(setting):
-            return learning_curve(family, make_optimizer(setting), key, horizon)
-        return machine.over_rows(at, settings)
+            return run(family, make_optimizer(setting), key, horizon, given[1])
+        return machine.over_rows(at, given[0])
 
-    return machine.over_devices(at_each, len(keys), alone=True)(settings, keys)
-
-
-def kept_curves(family, make_optimizer, settings, keys, horizon):
-    """`learning_curves`, kept on disk for when the same program meets the same numbers again."""
-    program = learning_curves.lower(family, make_optimizer, settings, keys, horizon)
-    numbers = tree.map(lambda x: x.tolist(), (settings, random.key_data(keys)))
-    content = f"{program.as_text()} {numbers}"
-    name = hashlib.sha256(content.encode()).hexdigest()
-
-    def make():
-        return {"curves": np.asarray(program.compile()(settings, keys))}
-
-    return machine.kept(f"curves_{name}", make)["curves"]
+    return machine.over_devices(at_each, len(keys), alone=True)((settings, shared), keys)
 
 
-def compare(family, learned, theta, num_tasks, horizon, seed=0, baselines=BASELINES):
-    """All on the same tasks -> {name: [tasks, settings, points, 2]}; "learned" has one setting."""
-    keys, curves = random.split(random.key(seed), num_tasks), {}
+def kept_runs(family, make_optimizer, settings, keys, horizon):
+    """`runs`, kept on disk for when the same program meets the same numbers again."""
+    shared = family.shared()
+    program = runs.lower(family, make_optimizer, settings, keys, horizon, shared)
+    content = hashlib.sha256(program.as_text().encode())
+    for numbers in tree.leaves((settings, random.key_data(keys), shared)):
+        content.update(np.ascontiguousarray(numbers))
+
+    return machine.kept(f"curves_{content.hexdigest()}", lambda: tree.map(
+        np.asarray, program.compile()(settings, keys, shared)))
+
+
+def compared(family, learned, theta, num_tasks, horizon, seed=0, baselines=BASELINES):
+    """All on the same tasks: yields a name and its `runs`; "learned", the last, has one setting."""
+    keys = random.split(random.key(seed), num_tasks)
     for name, (make, settings) in baselines.items():
         make = functools.partial(make, horizon=horizon)
-        curves[name] = kept_curves(family, make, settings, keys, horizon)
+        yield name, kept_runs(family, make, settings, keys, horizon)
     one = tree.map(lambda x: x[None], theta)
-    found = learning_curves(family, learned.optimizer, one, keys, horizon)
-    return curves | {"learned": np.asarray(found)}
+    found = runs(family, learned.optimizer, one, keys, horizon, family.shared())
+    yield "learned", tree.map(np.asarray, found)
+
+
+def compare(*how, **more):
+    """-> {name: [tasks, settings, points, 2]} of `compared`."""
+    return {name: run["curves"] for name, run in compared(*how, **more)}
 
 
 # ---------------------------------------------------------------- what they amount to
@@ -237,14 +244,37 @@ def summary(curves):
     return result
 
 
+def scores(family, mine, measured):
+    """{name: [starts, settings, S]} -> {name: {score: (mean, lowest, highest) over the starts}}, on
+    your own data, at the setting with the lowest mean test loss."""
+    task = family.sample(random.key(0))
+    silent = tree.map(jnp.zeros_like, jax.eval_shape(family.init, task, random.key(0)))
+    constant = jax.jit(family.measure)(task, silent | {"out/b": jnp.float32(mine.constant)})
+    table = {}
+    for name, x in {"best constant": constant[None, None], **measured}.items():
+        setting = np.nan_to_num(x[..., 0], nan=np.inf).mean(0).argmin()
+        x = np.float64(x[:, setting]).round(6) * list(mine.scores.values())
+        table[name] = {k: (v.mean(), v.min(), v.max()) for k, v in zip(mine.scores, x.T)}
+    return table
+
+
+def print_scores(table):
+    """The table of `scores`."""
+    print("\nall test data: mean over starts (lowest to highest); one setting, the best, for all")
+    print(f"{'':20}" + "".join(f"{score:>28}" for score in table["learned"]))
+    for name, row in table.items():
+        cells = ("{:.4g} ({:.4g} to {:.4g})".format(*values) for values in row.values())
+        print(f"{name:20}" + "".join(f"{cell:>28}" for cell in cells))
+
+
 def costs(family, optimizers, steps=50, turns=9):
     """{name: (seconds of an inner step, bytes of the state)}: medians of runs taken in turn."""
     key = random.key(0)
     task, runs, sizes = family.sample(key), [], []
     for optimizer in optimizers.values():
         inner = tasks.init_inner(family, optimizer, task, key)
-        run = functools.partial(train, family, optimizer, task, inner, key, steps)
-        runs.append(jax.jit(run))
+        many = jax.jit(functools.partial(train, family, optimizer, steps=steps))
+        runs.append(functools.partial(many, task, inner, key))
         sizes.append(sum(x.nbytes for x in tree.leaves(inner.opt_state)))
 
     def seconds(run):
@@ -335,7 +365,7 @@ def compare_picture(path, curves):
 # ---------------------------------------------------------------- the outer loss, and what it fits
 
 CAP = 10 * 10 ** 0.5  # the outer loss of ten times the start, at the end; P1 caps the loss at 10
-SPLITS = {"valid": "outer_valid", "train": "train"}  # where the batches of the outer loss come from
+TARGETS = {"valid": "outer_valid", "train": "train"}  # where the outer loss's batches come from
 MULTIPLES = 2.0 ** np.linspace(-1.5, 0.5, 5)  # of the step size, tried by `fit_step_size`
 BIASES = 2.0 ** -np.arange(5)  # of the step size of biases, likewise
 
@@ -358,7 +388,7 @@ def outer_loss(loss, start, progress, baseline=0.0):
 def watched(family, target):
     """The family with the batches of the outer loss where the test split's are asked for."""
     def batch(task, key, split):
-        return family.batch(task, key, SPLITS[target] if split == "test" else split)
+        return family.batch(task, key, TARGETS[target] if split == "test" else split)
     return family._replace(batch=batch)
 
 
@@ -381,9 +411,9 @@ def make_pool(family, count, horizon, target):
     print(f"Adam is tuned on {count} tasks of {family.name}, unless that was done before",
           flush=True)
     keys = random.split(random.key(2 ** 31), count)
-    curves = kept_curves(watched(family, target), model.adam, RATES, keys, horizon)
+    curves = kept_runs(watched(family, target), model.adam, RATES, keys, horizon)["curves"]
     still = outer_losses(np.ones_like(curves))[:, 0]  # of a task that stays where it began
-    sampled = jax.vmap(lambda key: random.split(key, 4)[0])(keys)  # as in `learning_curve`
+    sampled = jax.vmap(lambda key: random.split(key, 4)[0])(keys)  # as in `run`
     return sampled, jnp.minimum(outer_losses(curves).min(1) / still, 0.9)
 
 
@@ -415,7 +445,7 @@ def fit_step_size(learned, theta, families, keys, horizon, target):
 
     Along the step size, backprop's slope was seen to disagree with finite differences. Two numbers
     need no gradient: five multiples of each are tried on the tasks of keys [n], of each TaskFamily;
-    of all steps' outer losses, parabolas tell the rest. Theta needs log_bias and log_lr.
+    between them, a parabola of all steps' outer losses tells. Theta needs log_bias and log_lr.
     """
     def fitted(theta, entry, multiples, choose):
         variants = tree.map(lambda x: jnp.stack([x] * len(multiples)), theta)
@@ -423,7 +453,8 @@ def fit_step_size(learned, theta, families, keys, horizon, target):
         curves = []
         for family in families:
             family = watched(family, target)
-            curves.append(learning_curves(family, learned.optimizer, variants, keys, horizon))
+            found = runs(family, learned.optimizer, variants, keys, horizon)
+            curves.append(found["curves"])
         values = outer_losses(np.concatenate(curves))  # [tasks, multiples]
         losses = f"{values.mean(0).round(4)} at {multiples.round(2)} x"
         print(f"{entry}: outer loss {losses}", flush=True)
@@ -455,11 +486,13 @@ def command_line():
         help="meta-parameters written by meta_train.py (default: the shipped ones)")
     add("--family", choices=[*tasks.FAMILIES, *kinds.KINDS], default="mlp",
         help="of the tasks (default: mlp)")
-    add("--data", help="your own data instead: a file with x_train, y_train, x_test, y_test")
+    add("--data", help="your own data instead: an .npz file or a .csv table (see README.md)")
+    add("--target", action="append", help="the column of it to predict (default: the last)")
     add("--net", choices=("mlp", "conv"), default="mlp",
         help="what is trained on your data (default: mlp)")
-    add("--tasks", type=number(int, 4), help="how many (default: 128; 8 starts on your data)")
-    add("--horizon", type=number(int, EVERY), default=model.HORIZON,
+    add("--tasks", type=number(int, 4, 10 ** 5),
+        help="how many (default: 128; 8 starts on your data)")
+    add("--horizon", type=number(int, EVERY, 10 ** 7), default=model.HORIZON,
         help=f"inner steps, a multiple of {EVERY} (default: {model.HORIZON})")
     add("--seed", type=number(int, 1 - 2 ** 31, 2 ** 31 - 1), default=0,
         help="of the tasks, initialisations and batches")
@@ -482,7 +515,12 @@ def main():
         if o.horizon % EVERY:
             raise ValueError(f"--horizon must be a multiple of {EVERY}, not {o.horizon}.")
         if name == "data":
-            family = tasks.own(machine.read_npz(o.data), o.net)
+            mine = own.understood(own.read(o.data, o.target))
+            print(f"{o.data}: {mine.sentence}", flush=True)
+            family = own.family(mine, o.net)
+            mine.arrays.clear()  # the family has its own: half of the memory
+        elif o.target:
+            raise ValueError("--target needs --data.")
         elif name in kinds.KINDS:
             family = kinds.KINDS[name]()
         else:
@@ -490,9 +528,16 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     print(f"{o.theta}: {model.about(o.theta)}")
-    curves = compare(family, learned, theta, o.tasks or count, o.horizon, o.seed, BASELINES | LISTS)
+    curves, measured = {}, {}
+    for optimizer, found in compared(
+            family, learned, theta, o.tasks or count, o.horizon, o.seed, BASELINES | LISTS):
+        curves[optimizer], measured[optimizer] = found["curves"], found["measured"]
+        print(f"{time.time() - begin:6.0f} s: trained with {optimizer}", flush=True)
     step = costs(family, {"Adam": model.adam(0.01), "learned": learned.optimizer(theta)})
     result = summary(curves) | {"costs": step}
+    if name == "data":
+        result["scores"] = scores(family, mine, measured)
+        print_scores(result["scores"])
     print_summary(name, result)
     slower, larger = np.divide(step["learned"], step["Adam"])
     faster = result["versus"]["Adam"]["speedup"] / slower

@@ -22,6 +22,7 @@ import kinds
 import machine
 import meta_train
 import model
+import own
 import tasks
 from estimators import InnerProblem
 from evaluate import EVERY, compare
@@ -44,7 +45,7 @@ def descend(estimator, count, theta, key, optimizer=model.sgd(0.0)):
     def step(carry, key):
         theta, opt_state, particles = carry
         gradient, particles, metrics = estimator.estimate(theta, particles, key)
-        updates, opt_state = optimizer.update(gradient, opt_state)
+        updates, opt_state = optimizer.update(gradient, opt_state, theta)
         theta = tree.map(jnp.add, theta, updates)
         return (theta, opt_state, particles), (theta, gradient, metrics)
 
@@ -95,7 +96,7 @@ def noisy_quadratic():
     def step(theta, state, key):
         x, adam_state = state
         gradient = curvature * x + 0.3 * random.normal(key, x.shape)
-        updates, adam_state = model.adam(jnp.exp(theta)).update(gradient, adam_state)
+        updates, adam_state = model.adam(jnp.exp(theta)).update(gradient, adam_state, x)
         x = x + updates
         return (x, adam_state), 0.5 * jnp.vdot(curvature, x * x)
 
@@ -276,17 +277,17 @@ def letters(seed, images=500, **sizes):
     rng, drawn = np.random.default_rng(seed), data.letters()
     *train, test = (drawn[f"held_out/{split}"][:10] for split in data.SPLITS)
     train = [rng.permutation(x)[:images // 10] for x in np.concatenate(train, 1)]
-    return tasks.own({
+    return own.family(own.understood({
         "x_train": np.concatenate(np.stack(train, 1)),
         "y_train": np.arange(images) % 10,
         "x_test": np.concatenate(test),
-        "y_test": np.repeat(range(10), test.shape[1])}, **sizes)
+        "y_test": np.repeat(range(10), test.shape[1])}), **sizes)
 
 
 def targets(seed):
     """Learned for training or for held-out batches: the test loss where the training loss is the
     same, on few images (P1). 6 minutes."""
-    cases = {split: {"target": split} for split in evaluate.SPLITS}
+    cases = {split: {"target": split} for split in evaluate.TARGETS}
     for split, _, settings, run in progress(seed, 3, "steps", [96], cases):
         curves = compare(
             letters(seed), meta_train.make_learned(settings), run.average, 8, HORIZON, seed, {})

@@ -1,6 +1,7 @@
 """What the machine gives: devices, other processes, files that are whole or absent, one cache."""
 import contextlib
 import functools
+import hashlib
 import os
 import sys
 import threading
@@ -13,13 +14,16 @@ import matplotlib
 import numpy as np
 from jax.experimental import multihost_utils
 
-CACHE = matplotlib.get_cachedir()  # compiled programs, letters, baselines' curves; may be deleted
+CACHE = matplotlib.get_cachedir()  # compiled programs, baselines' curves; may be deleted
 
 
 def configure_jax(devices=None):
-    """One CPU device per core, since small steps don't fill two; and compiled programs are kept."""
-    devices = devices or os.cpu_count()
-    if devices != jax.config.jax_num_cpu_devices:  # once JAX has begun, setting it is an error
+    """In float32; one CPU device per core, since small steps don't fill two, unless JAX was told
+    how many; and compiled programs are kept."""
+    jax.config.update("jax_enable_x64", False)
+    told = jax.config.jax_num_cpu_devices > 0 or "device_count" in os.environ.get("XLA_FLAGS", "")
+    devices = devices or (None if told else os.cpu_count())
+    if devices not in (None, jax.config.jax_num_cpu_devices):  # else an error once JAX has begun
         jax.config.update("jax_num_cpu_devices", devices)
     if not jax.config.jax_compilation_cache_dir:
         folder = os.path.join(CACHE, "learned_optimizer_programs")
@@ -129,10 +133,19 @@ def whole(path):
             os.remove(partial)
 
 
+def digest(arrays):
+    """Of the names, kinds, shapes and values of a dict of arrays."""
+    found = hashlib.sha256()
+    for name, x in sorted(arrays.items()):
+        found.update(f"{name} {x.dtype} {x.shape}".encode() + x.tobytes())
+    return np.array(found.hexdigest())
+
+
 def write_npz(path, arrays):
     """All or nothing: the file at `path` is the old one or the new one, never a part of it."""
+    arrays = {name: np.asarray(x) for name, x in arrays.items()}
     with whole(path) as partial, open(partial, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez_compressed(file, **arrays, sha256=digest(arrays))
 
 
 def read_npz(path):
@@ -140,7 +153,11 @@ def read_npz(path):
     damages = OSError, ValueError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+            arrays = dict(file)
+        written = arrays.pop("sha256", None)  # files that others wrote have none
+        if written not in (None, digest(arrays)):
+            raise ValueError("its values are not those that were written")
+        return arrays
     except FileNotFoundError:
         raise ValueError(f"There is no file {path}.") from None
     except damages as error:

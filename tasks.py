@@ -1,6 +1,6 @@
 """A task family is four functions: sample a task, initialise it, draw a batch, compute its loss.
 
-A task is a dict of arrays (widths, noise levels, ... are data, never shapes), so thousands of
+A task is a pytree of arrays (widths, noise levels, ... are data, never shapes), so thousands of
 different tasks share one compiled step. What is smaller than the family's largest is padded, and
 masked: the padding changes no loss and no gradient.
 """
@@ -24,6 +24,9 @@ class TaskFamily(NamedTuple):
     init: Callable    # init(task, key) -> params, a pytree of float32 arrays
     batch: Callable   # batch(task, key, split) -> batch; split, one of data.SPLITS, is static
     loss: Callable    # loss(task, params, batch) -> scalar
+    measure: Callable = lambda task, params: jnp.zeros(0)  # on a whole test set, if there is one
+    shared: Callable = tuple  # shared() -> arrays too large to be written into programs, which are
+                              # given them by `evaluate.runs`: sample(key, *shared())
 
 
 class Inner(NamedTuple):
@@ -552,48 +555,3 @@ def function_loss(task, params, batch):
 
 
 FAMILIES = {f.__name__: f for f in (mlp, conv, autoencoder, rnn, function)}
-
-
-def own(arrays, net="mlp", width=32, max_batch=64):
-    """An mlp or a conv net (two ReLU layers) on your own data; for what it may be see `data.own`.
-
-    Every task is another start and another order of the batches, x [B, ...] and y [B]. Loss: mean
-    cross-entropy of labels in nats, or half the squared error of targets over their variance.
-    """
-    splits, scale, classes = data.own(arrays)
-    splits = jax.tree.map(jnp.asarray, splits)
-    example = splits["train"][0][0]
-    if net == "conv":
-        data.require(example.ndim > 1, "A conv net needs images, not rows of features: use an mlp.")
-        high, wide, channels = shape = (*example.shape, 1)[:3]
-        width //= 2
-        positions = -(-high // 4) * -(-wide // 4)  # halved twice, rounded up
-        rows = 9 * channels, 9 * width, positions * width
-    else:
-        shape = (-1,)
-        rows = example.size, width, width
-    columns = width, width, classes or 1
-    layers = dict(zip(("w0", "w1", "out"), zip(rows, columns)))
-
-    def init(task, key):
-        params = padded(key, np.sqrt(2), layers)
-        params["out"] /= np.sqrt(2)
-        return params
-
-    def batch(task, key, split):
-        x, y = splits[split]
-        i = random.randint(key, (max_batch,), 0, len(x))
-        return scale(x[i]), y[i]
-
-    def loss(task, params, batch):
-        x, y = batch
-        x = x.reshape(len(x), *shape)
-        for name in ("w0", "w1"):
-            x = patches(x, 2) if net == "conv" else x
-            x = nn.relu(dense(params, name, x))
-        found = dense(params, "out", x.reshape(len(x), -1))
-        if classes:
-            return cross_entropy(found, y)
-        return 0.5 * jnp.mean((found[:, 0] - y) ** 2)
-
-    return TaskFamily("data", lambda key: (), init, batch, loss)

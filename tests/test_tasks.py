@@ -1,17 +1,21 @@
 """Every family: its tasks, its padding, its loss against plain numpy; and its data."""
 import functools
+import itertools
+import runpy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import random, tree
-from pydoc_data import topics
 
 import data
+import machine
 import model
 import tasks
 
+LETTERS = "03b9d407d8b1b8182d2d1a16deb63409de266572a374cfb5dc229099d3808417"
+TEXTS = "3824de479e62b47a35f377f9755c5be09ec322e54197739f0e1598e680171231"
 N = 32
 rows = lambda arrays, index: tree.map(lambda x: x[index], arrays)
 each_family = pytest.mark.parametrize("name", tasks.FAMILIES)
@@ -181,12 +185,13 @@ def test_a_validation_loss_comes_at_every_tenth_step():
 
 
 def test_splits_share_no_font_and_alphabets_no_letter_and_each_letter_has_ink():
-    fonts = [font for split in data.SPLITS for font in data.FONTS[split].split()]
-    both = "".join(data.ALPHABETS.values())
+    make = runpy.run_path(str(data.CORPUS / "make.py"))
+    fonts = [font for split in data.SPLITS for font in make["FONTS"][split].split()]
+    both = "".join(make["ALPHABETS"].values())
     assert len(fonts) == len(set(fonts)) == 16 and len(set(both)) == len(both)
     for name, images in data.letters().items():
         alphabet, split = name.split("/")
-        number = len(data.ALPHABETS[alphabet]), 8 * len(data.FONTS[split].split())
+        number = len(make["ALPHABETS"][alphabet]), 8 * len(make["FONTS"][split].split())
         assert images.shape == (*number, 16, 16) and images.mean((2, 3)).min() > 2
 
 
@@ -218,10 +223,15 @@ def test_batches_come_from_their_split_with_the_tasks_noise():
     assert [filed[example] for example in examples] == y2[:, 0].tolist()  # for good
 
 
-def test_no_page_of_text_is_in_two_pools_or_splits():
-    symbols = np.array(list(data.SYMBOLS))
-    parts = ["".join(symbols[x]) for pool in data.ALPHABETS for x in data.texts(pool).values()]
-    for text in topics.topics.values():
-        clean = "".join(c if c in data.SYMBOLS else data.SYMBOLS[-1] for c in text.lower())
-        assert sum(clean in part for part in parts) == 1
-    assert min(map(len, parts)) > 10000
+def test_no_60_characters_in_a_row_are_in_two_pools_or_splits():
+    where = {}
+    for place in itertools.product(data.POOLS, data.SPLITS):
+        text = data.texts(place[0])[place[1]]
+        assert len(text) > 10000 and text.max() < len(data.SYMBOLS)
+        for i in range(len(text) - 59):
+            assert where.setdefault(text[i:i + 60].tobytes(), place) == place
+
+
+@pytest.mark.parametrize("name, digest", [("letters", LETTERS), ("texts", TEXTS)])
+def test_all_releases_have_the_same_data(name, digest):
+    assert str(machine.digest(machine.read_npz(data.CORPUS / f"{name}.npz"))) == digest
