@@ -15,18 +15,18 @@ in the truncation it is now in,
                          there with dL - 2 eps.(w rp) in place of dL
 
 where dL = L(theta + eps) - L(theta - eps), L is the mean loss of the truncation, rp its pathwise
-gradient, eps ~ N(0, sigma^2), and xi the sum of the trajectory's earlier perturbations. Those that
-drop earlier truncations are biased when K < T. Both signs of a pair share everything random: task,
-initialisation, batches. P1: Metz et al. 2019, section 3. P3: Vicol et al. 2021, arXiv 2112.13835.
-
-Starts are staggered, so that the pairs together cover all of an episode. A trajectory resets inside
-the perturbed unroll, with its own theta, so that learned initial states receive their gradient.
+gradient (mean of both signs), eps ~ N(0, sigma^2), and xi the sum of the trajectory's earlier ones.
+Those that drop earlier truncations are biased when K < T. Both signs of a pair share everything
+random: task, initialisation, batches. Starts are staggered, so that the pairs together cover all of
+an episode. A trajectory resets inside the perturbed unroll, with its own theta, so that learned
+initial states receive their gradient. P1: Metz et al. 2019. P3: Vicol et al. 2021 (2112.13835).
 """
 import functools
 from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax, random, tree
 from jax.flatten_util import ravel_pytree
 
@@ -46,7 +46,7 @@ class Estimator(NamedTuple):
 class Particles(NamedTuple):
     state: Any         # [N, signs, ...] of the inner problem, at the end of the last truncation
     xi: jax.Array      # [N, P], sum of the perturbations since the reset; [N, 1] zeros if dropped
-    t: jax.Array       # [N], steps since the reset; from T on, the next truncation begins with one
+    t: jax.Array       # [N], place in the episode; from T on, the next truncation resets
     variances: Any     # running means of those of rp and ES [P], and how many: where w needs them
 
 
@@ -56,45 +56,40 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
     earlier ones, see `weights`. `history`: whether earlier truncations are kept, and so whether
     each sign lives its own trajectory. ValueError for what can't work.
 
-    A loss that is not finite, or not below `cap`, counts as `cap`. Each pair's pathwise gradient is
-    scaled down to a norm of at most `clip`; a non-finite one is dropped. What w rp explains of dL
-    tells nothing of the past, so the history term goes without it (a control variate, after P3's
-    PES-Analytic), which moves the mean by order sigma^2 at most.
+    A loss that is not finite, or not below `cap`, counts as `cap`. Each pair's rp is scaled to a
+    norm of at most `clip`, or dropped if not finite. What w rp explains of dL tells nothing of the
+    past, so the history term goes without it (a control variate, after P3's PES-Analytic), which
+    moves the mean by order sigma^2 at most.
     """
     check(weight, num_pairs, truncation, horizon, sigma)
     unroll = make_unroll(problem, truncation, horizon, cap)
-    signs = jnp.array([1.0, -1.0] if sigma else [0.0])
+    signs = np.float32([1, -1] if sigma else [0])
 
     def init(theta, key):
-        size = ravel_pytree(theta)[0].size
+        size = flat(theta)[0].size
         like = jax.eval_shape(problem.reset, theta, key)  # no values: the first truncation resets
         state = tree.map(lambda x: jnp.zeros((num_pairs, len(signs), *x.shape), x.dtype), like)
-        phase = [n * (horizon // truncation) // num_pairs for n in range(num_pairs)]
-        xi = jnp.zeros((num_pairs, size if history else 1))
-        zeros, count = jnp.zeros(size), jnp.int32(0)
-        variances = (zeros, zeros, count) if weight == "running" else ()
-        return Particles(state, xi, horizon + truncation * jnp.array(phase), variances)
+        xi = jnp.zeros((num_pairs, size if history else 1), jnp.float32)
+        zeros = jnp.zeros(size, jnp.float32)
+        variances = (zeros, zeros, jnp.int32(0)) if weight == "running" else ()
+        phases = horizon // truncation * np.arange(num_pairs) // num_pairs  # can't overflow
+        return Particles(state, xi, jnp.int32(horizon + truncation * phases), variances)
 
     def estimate(theta, particles, key):
-        theta, unravel = ravel_pytree(theta)
+        theta, unravel = flat(theta)
         state, xi, t, variances = particles
         keys = jax.vmap(random.split)(random.split(key, num_pairs))  # [N, 2]
-        eps = jnp.zeros((num_pairs, theta.size))
-        if sigma:
-            eps = sigma * jax.vmap(lambda key: random.normal(key, theta.shape))(keys[:, 0])
+        draw = functools.partial(random.normal, shape=theta.shape, dtype=theta.dtype)
+        eps = sigma * jax.vmap(draw)(keys[:, 0])
         xi = jnp.where((t >= horizon)[:, None], 0, xi)
-
         pair = functools.partial(run_pair, unroll, unravel, signs, weight != 0, clip)
         rows = state, t, eps, keys[:, 1]
         L, rp, state, counts = machine.over_devices(pair, num_pairs)(theta, rows)
         dL = (L[:, 0] - L[:, -1])[:, None]  # [N, 1]
         es, past = (dL * noise / (2 * sigma ** 2 or 1) for noise in (eps, xi))
         w, variances, metrics = weights(weight, rp, es, variances)
-        w = jnp.broadcast_to(w, (1, theta.size))
-        past = past - jnp.sum(eps * w * rp, 1, keepdims=True) * xi / (sigma ** 2 or 1)
+        past -= jnp.sum(eps * w * rp, 1, keepdims=True) * xi / (sigma ** 2 or 1)
         gradient = jnp.mean(w * rp + (1 - w) * es + past, 0)
-        if weight in MERGING:
-            metrics |= {"variance_history": jnp.sum(jnp.var(past, 0, ddof=1))}
         metrics |= {"loss": jnp.mean(L)} | tree.map(jnp.sum, counts)
         if history:
             xi = xi + eps
@@ -110,15 +105,21 @@ es = functools.partial(estimator, weight=0, history=False)
 merged = functools.partial(estimator, weight="sample", history=False)
 pes = functools.partial(estimator, weight=0, history=True)
 combined = functools.partial(estimator, weight="running", history=True)
-
 MERGING = ("sample", "running")
 FORGET = 0.99  # of the running averages of variances, an estimate
 
 
+def flat(theta):
+    """-> (theta as one float32 row [P], how to put such a row back). ValueError for integers."""
+    row, unravel = ravel_pytree(theta)
+    if not all(jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in tree.leaves(theta)):
+        raise ValueError("theta must hold real floating-point numbers alone; leave out all others")
+    return row.astype(jnp.float32), lambda x: unravel(x.astype(row.dtype))
+
+
 def check(weight, num_pairs, truncation, horizon, sigma):
-    least = 2 if weight in MERGING else 1
-    if num_pairs < least:
-        raise ValueError(f"num_pairs must be at least {least} for this estimator, not {num_pairs}")
+    if num_pairs < 1 + (weight in MERGING):
+        raise ValueError(f"num_pairs must be at least {1 + (weight in MERGING)}, not {num_pairs}")
     if not (sigma > 0 or sigma == 0 and weight == 1):
         raise ValueError(f"sigma must be positive (0 for backprop alone), not {sigma}")
     if truncation < 1 or horizon % truncation:
@@ -147,14 +148,14 @@ def run_pair(unroll, unravel, signs, differentiate, clip, theta, row):
 
 
 def weights(weight, rp, es, variances):
-    """-> (w [P], or a number, running variances, metrics), of both terms, [N, P] each.
+    """-> (w [1, P] or [1, 1], running variances, metrics), of both terms, [N, P] each.
 
-    w = v_es / (v_es + v_rp), of variances over the pairs: of this very sample, as in P1, which is
-    biased where a sample doesn't show the variance, or running ones of earlier samples, independent
-    of what they weigh. Where backprop is kept from a meta-parameter, nothing is left of ES either.
+    w = v_es / (v_es + v_rp), of variances over the pairs: of this very sample, as in P1, biased
+    where a sample doesn't show the variance; or running ones of earlier samples, independent of
+    what they weigh. Where backprop is kept from a meta-parameter, nothing is left of ES either.
     """
     if weight not in MERGING:
-        return weight, variances, {}
+        return jnp.full((1, 1), weight), variances, {}
     new = jnp.var(rp, 0, ddof=1), jnp.var(es, 0, ddof=1)
     v_rp, v_es = new if weight == "sample" else variances[:2]
     w = (v_es + 1e-30) / (v_es + v_rp + 2e-30)
@@ -165,14 +166,14 @@ def weights(weight, rp, es, variances):
         average = (forget * old + (1 - forget) * x for old, x in zip(variances, new))
         variances = *average, count + 1
     spread = {"variance_rp": jnp.sum(new[0]), "variance_es": jnp.sum(new[1])}
-    return w, variances, {"weight": jnp.mean(w)} | spread
+    return w[None], variances, {"weight": jnp.mean(w)} | spread
 
 
 def make_unroll(problem, truncation, horizon, cap):
     """unroll(theta, state, t, key) -> (mean loss of K steps, state, number of capped losses).
 
-    It starts over if t is T. A capped loss carries no gradient (P1 section 4). Going backward, each
-    step is computed again from its state.
+    It starts over if t is T or more. A capped loss carries no gradient (P1 section 4). Going
+    backward, each step is computed again from its state; random bits are kept.
     """
     def unroll(theta, state, t, key):
         reset_key, key = random.split(key)
@@ -181,7 +182,7 @@ def make_unroll(problem, truncation, horizon, cap):
         def step(state, key):
             state, loss = problem.step(theta, state, key)
             good = jnp.isfinite(loss) & (loss < cap)
-            return state, (jnp.where(good, loss, cap), ~good)
+            return state, (jnp.where(good, loss, cap).astype(jnp.float32), ~good)
 
         step = jax.checkpoint(step, policy=lambda primitive, *_, **__: "random" in primitive.name)
         state, (losses, capped) = lax.scan(step, state, random.split(key, truncation))
@@ -200,9 +201,8 @@ def clip_norm(gradient, clip):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def bounded_adjoint(x, bound):
-    """x itself; but what backprop sends back through it has a norm of at most `bound`: between the
-    steps of an unroll that stops the signal from growing on its way (P1 section 2.3). When finished
-    a gradient is too late to clip: what exploded has drowned the rest."""
+    """x itself; but what backprop sends back has a norm of at most `bound`, lest it grow from step
+    to step (P1 section 2.3). A finished gradient is clipped too late: what exploded drowned it."""
     return x
 
 
@@ -217,4 +217,4 @@ def finite_adjoint(x):
 
 finite_adjoint.defvjp(
     lambda x: (finite_adjoint(x), None),
-    lambda _, g: (tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0.0), g),))
+    lambda _, g: (tree.map(lambda x: jnp.nan_to_num(x, posinf=0, neginf=0), g),))

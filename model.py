@@ -4,7 +4,9 @@ In order: what they are made of; the papers' two, whole; what this project adds,
 other; and, put together from these, the optimizers that are meta-trained.
 
 P1: Metz et al. 2019, arXiv 1810.10180. P2: Metz et al. 2020, arXiv 2009.11243. Inside, all tensors'
-parameters are one row, and arrays are feature-major: [features, parameters], [features, tensors].
+parameters are one row, those of one shape side by side, so that one program serves them all. Arrays
+are feature-major: [features, parameters], [features, tensors] or, of one shape's tensors,
+[features, count, size].
 """
 import functools
 import json
@@ -18,7 +20,9 @@ from jax.flatten_util import ravel_pytree
 
 import machine
 from optimizers import (  # noqa: F401
-    Optimizer, adam, given, going_back, momentum, muon, nadamw, orthogonal, rmsprop, sgd)
+    Optimizer, adam, bounded, careful, going_back, momentum, muon, nadamw, news, orthogonal,
+    rmsprop, sgd, steps_of)
+from tensors import by_shape, each, in_order, mean, per_tensor, row, shapes_of, sizes
 
 
 class LearnedOptimizer(NamedTuple):
@@ -46,17 +50,21 @@ def learned(init_state, update):
         def look_up(name, *_):
             return theta[name]
 
-        def step(grads, state, params, *, loss=None, valid_loss=None, **extra):
-            (w, unravel), (g, _) = ravel_pytree(params), ravel_pytree(grads)
-            shapes, losses = shapes_of(params), (given(loss), given(valid_loss))
-            change, state = update(look_up, g, w, shapes, state, losses)
-            return unravel(change), state
+        def step(grads, state, params, *, loss, valid_loss):
+            (ws, back), (gs, _) = in_order(params), in_order(grads)
+            (w, unravel), (g, _) = ravel_pytree(ws), ravel_pytree(gs)
+            losses = loss, valid_loss
+            change, state = update(look_up, g, w, shapes_of(ws), state, losses)
+            return back(unravel(change)), state
 
-        return Optimizer(lambda params: init_state(look_up, shapes_of(params)), step)
+        def start(params):
+            return init_state(look_up, shapes_of(in_order(params)[0]))
+
+        return careful(start, step)
 
     def init(key):
         asked, theta = {}, {}
-        one, shapes, losses = jnp.zeros(1), [(1, 1)], (jnp.nan, jnp.nan)
+        one, shapes, nothing = jnp.zeros(1), [(1, 1)], jnp.float32(jnp.nan)
 
         def note(name, shape, spread=0.0, middle=0.0):
             asked[name] = shape, np.float32(spread), np.float32(middle)
@@ -64,14 +72,14 @@ def learned(init_state, update):
 
         def try_out():
             state = init_state(note, shapes)
-            return update(note, one, one, shapes, state, losses)
+            return update(note, one, one, shapes, state, (nothing, nothing))
 
         jax.eval_shape(try_out)
         keys = random.split(key, len(asked))
         for key, (name, (shape, spread, middle)) in zip(keys, asked.items()):
             theta[name] = jnp.full(shape, middle)
             if spread:
-                theta[name] += spread * random.truncated_normal(key, -2, 2, shape)
+                theta[name] += spread * random.truncated_normal(key, -2, 2, shape, jnp.float32)
         return theta
 
     return LearnedOptimizer(init, optimizer)
@@ -81,13 +89,18 @@ def weights(theta, name, inputs, outputs):
     """-> ([inputs, outputs], [outputs]). In theta all weights are of size 1: so noise on theta and
     steps of theta move what a layer puts out as little in a wide layer as in a narrow one."""
     w = theta(f"{name}/w", (inputs, outputs), 1.0)
-    return w / np.sqrt(inputs), theta(f"{name}/b", (outputs,))
+    return w / inputs ** 0.5, theta(f"{name}/b", (outputs,))
+
+
+def product(w, x):
+    """[inputs, outputs], [inputs, ...] -> [outputs, ...]."""
+    return jnp.tensordot(w.T, x, 1)
 
 
 def dense(theta, name, x, outputs):
-    """[inputs, n] -> [outputs, n]."""
+    """[inputs, ...] -> [outputs, ...]."""
     w, b = weights(theta, name, len(x), outputs)
-    return w.T @ x + b[:, None]
+    return product(w, x) + jnp.expand_dims(b, range(1, x.ndim))
 
 
 def lstm_cell(theta, name, x, h, c):
@@ -116,37 +129,6 @@ class Seen(NamedTuple):
     losses: Any = None  # [2], how both losses compare with the recent training loss (P2)
     more: Any = None    # [F, tensors], means of what `p2` is given to average
     h: Any = None       # [lstm, tensors], what each tensor's LSTM makes of it (P2)
-
-
-def shapes_of(params):
-    return [x.shape for x in tree.leaves(params)]
-
-
-def sizes(shapes):
-    return np.array([int(np.prod(shape)) for shape in shapes])
-
-
-def by_tensor(x, shapes):
-    """[..., n] -> a list of each tensor's part."""
-    ends = np.cumsum(sizes(shapes))
-    return jnp.split(x, ends[:-1], axis=-1)
-
-
-def each(x, shapes):
-    """What is the same for all tensors: [F] -> [F, tensors]."""
-    return jnp.tile(x[:, None], (1, len(shapes)))
-
-
-def mean(x):
-    """Over the last axis; 0 where that is empty. On CPUs a product is faster than a sum."""
-    n = x.shape[-1]
-    return x @ np.full(n, 1 / max(n, 1), np.float32)
-
-
-def per_tensor(rows, shapes):
-    """Means over each tensor's parameters: [n] each -> [F, tensors]."""
-    parts = by_tensor(jnp.stack(rows), shapes)
-    return jnp.stack([mean(part) for part in parts], 1)
 
 
 def memory_init(shapes):
@@ -180,31 +162,32 @@ def parameter_features(seen):
 
 
 def normalised(x, real):
-    """Each feature of a tensor over its root mean square there (P1), within +-5 (P2): [F, n].
+    """Each feature of a tensor over its root mean square there (P1), within +-5 (P2), of
+    [F, count, size].
 
-    P2 (appendix C.4) doesn't give its bound. Parameters that never had a gradient (`real` [n] is
-    false: padding, dead units) are not part of the mean, which backprop takes as given.
+    P2 (appendix C.4) doesn't give its bound. Parameters that never had a gradient (`real` is false:
+    padding, dead units) are not part of the mean, which backprop takes as given.
     """
     real = real.astype(x.dtype)
-    count = jnp.vecdot(real, real) + 1e-8
-    power = lax.stop_gradient(x * x) @ real / count  # [F]
-    scale = lax.rsqrt(1e-5 + power)[:, None]
+    count = jnp.vecdot(real, real)[None] + 1e-8
+    power = jnp.vecdot(lax.stop_gradient(x * x), real[None]) / count  # [F, count]
+    scale = lax.rsqrt(1e-5 + power)[..., None]
     return jnp.clip(x * scale, -5, 5)
 
 
 def mlp(theta, units, layers, features, shared, seen):
-    """-> (last hidden layer [units, n], normalised features [F, n]), a list of each tensor's.
+    """-> (last hidden layer [units, ...], normalised features [F, ...]), lists as of `by_shape`.
 
     `shared` [S, tensors] is what all parameters of a tensor are told: to them it is a bias.
     """
     w, b = weights(theta, "mlp0", len(features) + len(shared), units)
     own, told = jnp.split(w, [len(features)])
     biases = told.T @ shared + b[:, None]  # [units, tensors]
-    real = by_tensor(seen.v[B2] > 0, seen.shapes)
-    features = [*map(normalised, by_tensor(features, seen.shapes), real)]
+    real = by_shape(seen.v[B2] > 0, seen.shapes)
+    features = [*map(normalised, by_shape(features, seen.shapes), real)]
     hidden = []
-    for x, bias in zip(features, biases.T):
-        h = nn.relu(own.T @ x + bias[:, None])
+    for x, bias in zip(features, by_shape(biases, seen.shapes, 1)):
+        h = nn.relu(product(own, x) + bias)
         for i in range(1, layers):
             h = nn.relu(dense(theta, f"mlp{i}", h, units))
         hidden.append(h)
@@ -219,7 +202,7 @@ def papers_step(theta, hidden, features, odd, seen):
     units = len(hidden[0])
     w = theta("step/w", (units, 2), units ** -0.5)
     b = theta("step/b", (2,))
-    d, a = w.T @ jnp.concatenate(hidden, 1) + b[:, None]
+    d, a = product(w, row(hidden)) + b[:, None]
     return -0.001 * d * jnp.exp(0.001 * a)
 
 
@@ -230,6 +213,8 @@ def p1(units, layers, rms, horizon, step):
 
     Without `rms` no feature knows of g^2.
     """
+    horizon = steps_of(horizon)
+
     def update(theta, g, w, shapes, memory, losses):
         memory = remembered(memory, g)
         seen = Seen(g, w, *memory, shapes, horizon)
@@ -271,24 +256,32 @@ FEEDBACK, CONTEXT, CONDITION = 16, 18, 17  # messages: MLP to LSTM, LSTM to LSTM
 SINES = np.float32([1, 3, 10, 30, 100, 300, 1000, 3000, 10000, 30000, 100000])  # of time
 
 
+def unbiased(average, decay, count):
+    """A running average that began at 0, as if it had begun with the first of `count` values."""
+    return average / (1 - decay ** jnp.maximum(count, 1))
+
+
 def observe(average, loss, decay):
-    """The running (mean, variance, count) of a loss, [3], with one more, if that is finite (P2
+    """The running (mean, variance, count, last) of a loss, [4], with one more, if that is news (P2
     appendix C.2.2)."""
-    there = jnp.isfinite(loss)
-    loss = jnp.where(there, loss, 0.0)  # where there is none, the derivative is finite, too
-    mean = decay * average[0] + (1 - decay) * loss
-    variance = decay * average[1] + (1 - decay) * (mean - loss) ** 2
-    seen = jnp.stack([mean, variance, average[2] + 1])
+    mean, variance, count, last = average
+    there = news(loss, count, last)
+    told = jnp.where(there, loss, 0.0)  # where there is none, the derivative is finite, too
+    deviation = jnp.sqrt(unbiased(variance, decay, count) + 1e-30)
+    loss = bounded(told, unbiased(mean, decay, count), 30 * deviation)
+    mean = decay * mean + (1 - decay) * loss
+    variance = decay * variance + (1 - decay) * (mean - loss) ** 2
+    seen = jnp.stack([mean, variance, count + 1, told])
     return jnp.where(there, seen, average)
 
 
 def surprise(train, loss):
     """How many running deviations a loss lies above the running training loss, within +-5; 0 at
     first, and for one that is not finite."""
-    mean, variance, count = train
-    correction = 1 / (1 - TRAIN_DECAY ** count + 1e-8)
-    loss = jnp.where(jnp.isfinite(loss), loss, correction * mean)
-    score = (loss - correction * mean) * lax.rsqrt(correction * variance + 1e-8)
+    mean, variance, count, _ = train
+    mean, variance = (unbiased(x, TRAIN_DECAY, count) for x in (mean, variance))
+    loss = jnp.where(jnp.isfinite(loss), loss, mean)
+    score = (loss - mean) * lax.rsqrt(variance + 1e-8)
     return jnp.where(count > 0, jnp.clip(score, -5, 5), 0.0)
 
 
@@ -297,8 +290,8 @@ def tensor_means(seen, more):
     m, v, w, g = seen.m, seen.v, seen.w, seen.g
     over_decays = (sum(x) / len(DECAYS) for x in (m, v, m * m, v * v))
     m1, v1, m2, v2 = over_decays
-    rows = [m1, v1, w, m2, v2, w * w, g * g, *more]
-    return jnp.split(per_tensor(rows, seen.shapes), [3, 7])
+    rows = jnp.stack([m1, v1, w, m2, v2, w * w, g * g, *more])
+    return jnp.split(per_tensor(by_shape(rows, seen.shapes)), [3, 7])
 
 
 def statistics(means, squares, shapes):
@@ -306,8 +299,8 @@ def statistics(means, squares, shapes):
     norms = jnp.sqrt(sizes(shapes)[None] * squares[2:] + 1e-16)  # of w and g
     values = jnp.concatenate([means, squares[:3] - means ** 2, norms])
     logs = jnp.clip(jnp.log(1e-8 + jnp.abs(values)), -5, 5)
-    scalar = np.array([[-1.0 if shape else 1.0 for shape in shapes]])
-    sides = np.array([(*shape, 1, 1, 1, 1)[:4] for shape in shapes])
+    scalar = np.float32([[-1.0 if shape else 1.0 for shape in shapes]])
+    sides = np.float32([(*shape, 1, 1, 1, 1)[:4] for shape in shapes])
     log_sides = np.log(np.maximum(sides.T, 1)) - 1
     return jnp.concatenate([logs, jnp.sign(means), scalar, log_sides])
 
@@ -316,7 +309,7 @@ def tensor_facts(squares, seen):
     """What P2's MLP knows of each tensor: how many there are, its norm and size, and the time."""
     count = sizes(seen.shapes)
     log_norm = 0.5 * jnp.log(count * squares[2] + 1e-8)
-    tensors = jnp.full(len(count), np.log(len(count)) - 1)
+    tensors = np.full(len(count), np.log(len(count)) - 1, np.float32)
     log_count = np.float32(np.log(np.maximum(count, 1)))
     sines = jnp.sin(clock(seen) / (np.pi * SINES))
     facts = jnp.stack([tensors, log_norm, log_count])
@@ -340,8 +333,8 @@ def loss_features(state, losses):
     loss, valid_loss = losses
     train = observe(state.train, loss, TRAIN_DECAY)
     valid = observe(state.valid, valid_loss, VALID_DECAY)
-    mean, _, count = valid
-    of_valid = surprise(train, mean / (1 - VALID_DECAY ** count + 1e-8))
+    mean, _, count, _ = valid
+    of_valid = surprise(train, unbiased(mean, VALID_DECAY, count))
     of_valid = jnp.where(count > 0, of_valid, 0.0)
     return train, valid, jnp.stack([surprise(train, loss), of_valid])
 
@@ -352,8 +345,8 @@ class HierarchicalState(NamedTuple):
     c: jax.Array         # [lstm, tensors]
     feedback: jax.Array  # [16, tensors], each tensor's MLP to its LSTM
     context: jax.Array   # [18], all LSTMs to each
-    train: jax.Array     # [3], of the training loss, see `observe`
-    valid: jax.Array     # [3], of the validation loss
+    train: jax.Array     # [4], of the training loss, see `observe`
+    valid: jax.Array     # [4], of the validation loss
     size: jax.Array      # running root of the mean over tensors of their mean g^2
 
 
@@ -364,13 +357,15 @@ def p2(lstm, units, horizon, step, rows=(), cues=(), views=()):
     tensor are seen, too; `cues` -> [F, tensors], which the LSTMs read; `views` -> [F, n], odd
     features that the MLP reads. All initial states are learned.
     """
+    horizon = steps_of(horizon)
+
     def init_state(theta, shapes):
         feedback = each(theta("initial/feedback", (FEEDBACK,), 0.1), shapes)
         context = theta("initial/context", (CONTEXT,), 0.1)
         h = each(theta("initial/h", (lstm,)), shapes)
         c = each(theta("initial/c", (lstm,)), shapes)
         size = jnp.exp(theta("clip/log_rate", (), 0.0, np.log(0.01)))
-        memory, none = memory_init(shapes), jnp.zeros(3)
+        memory, none = memory_init(shapes), jnp.zeros(4)
         return HierarchicalState(memory, h, c, feedback, context, none, none, size)
 
     def update(theta, g, w, shapes, state, losses):
@@ -400,8 +395,7 @@ def p2(lstm, units, horizon, step, rows=(), cues=(), views=()):
         hidden, features = mlp(theta, units, 2, features, shared, seen)
         change = step(theta, hidden, features, len(odd), seen)
 
-        reports = jnp.stack([mean(layer) for layer in hidden], 1)
-        feedback = dense(theta, "feedback", reports, FEEDBACK)
+        feedback = dense(theta, "feedback", per_tensor(hidden), FEEDBACK)
         context = mean(dense(theta, "context", h, CONTEXT))
         return change, HierarchicalState(memory, h, c, feedback, context, train, valid, size)
 
@@ -417,15 +411,16 @@ def directions(seen):
     return m_hat / (jnp.sqrt(v_hat + 1e-30) + 1e-8)[None]  # 1e-30: differentiable without g
 
 
-def anchored_step(paced, cues=()):
+def anchored_step(paced, steers=()):
     """The step pace lr exp(min(a, 1)) (adam + d), which scales and bends Adam's; at first
     a = d = 0.
 
     d and a are linear in the last hidden layer and the features, so that a weight decay or another
     momentum is learned in a few steps. What the layer adds to d has mean zero, and what d reads
     directly is odd: to push a whole tensor one way kills ReLU units, which costs much later and is
-    seen in no derivative. Hence the limit of 1, too. `paced`: with `paces`. `cues`, as in `p2`,
-    steer each tensor's step: they add to a and, within +-1, to the weights of what d reads.
+    seen in no derivative. Hence the limit of 1, too. `paced`: with `paces`. `steers`, like `cues`
+    in `p2`, steer each tensor's step: they add to a and, within +-1, to the weights of what d
+    reads.
     """
     def change(theta, hidden, features, odd, seen):
         w = theta("step/w", (len(hidden[0]), 2))
@@ -434,21 +429,21 @@ def anchored_step(paced, cues=()):
         log_lr = theta("log_lr", (), 0.0, np.log(0.01))
         pace = paces(theta, seen) if paced else jnp.ones(len(seen.shapes))
         steer = jnp.zeros((1 + odd, len(seen.shapes)))
-        if cues:
-            read = joined(*(cue(seen) for cue in cues))
+        if steers:
+            read = joined(*(f(seen) for f in steers))
             steer = theta("steer", (len(read), 1 + odd)).T @ read
 
         def one(h, x, adam, steer, pace):
-            d, a = w.T @ h
-            direct = jnp.pad(of_d + jnp.tanh(steer[1:]), (0, len(x) - odd))
-            bend, scale = jnp.stack([direct, of_a]) @ x
-            push = adam + d - w[:, 0] @ mean(h) + bend
-            size = jnp.exp(log_lr + jnp.minimum(a + scale + steer[0], 1.0))
+            d, a = product(w, h)
+            direct = of_d[:, None] + jnp.tanh(steer[1:, :, 0])
+            bend = jnp.einsum("fc,fcn->cn", direct, x[:odd])
+            push = adam + d - mean(d)[:, None] + bend
+            size = jnp.exp(log_lr + jnp.minimum(a + jnp.tensordot(of_a, x, 1) + steer[0], 1.0))
             return -pace * size * push
 
-        adam = by_tensor(directions(seen)[B1], seen.shapes)
-        changes = map(one, hidden, features, adam, steer.T, pace)
-        return jnp.concatenate([*changes])
+        adam = by_shape(directions(seen)[B1], seen.shapes)
+        steer, pace = (by_shape(x, seen.shapes, 1) for x in (steer, pace))
+        return row([*map(one, hidden, features, adam, steer, pace)])
 
     return change
 
@@ -467,7 +462,7 @@ def paces(theta, seen):
     bias = jnp.exp(log_bias) if weights.any() else 1.0
     longer = min(HORIZON / seen.horizon, 1) ** 0.75
     over = jnp.maximum(seen.t / seen.horizon, 1) ** 2
-    narrow = np.minimum(1, 32 / np.maximum(inputs, 1))
+    narrow = np.float32(np.minimum(1, 32 / np.maximum(inputs, 1)))
     return jnp.where(weights, narrow, bias) * longer / over
 
 
@@ -496,9 +491,10 @@ def bearings(seen):
 
 def orthogonal_momentum(seen):
     """A matrix's momentum, made `orthogonal`: close to Nesterov's of decay 0.8; [1, n]."""
-    momenta = by_tensor(seen.m[0] + seen.m[B1], seen.shapes)
-    found = map(orthogonal, momenta, seen.shapes)
-    return jnp.concatenate([*found])[None]
+    momenta = by_shape(seen.m[0] + seen.m[B1], seen.shapes)
+    kinds = dict.fromkeys(seen.shapes)
+    rounds = [jax.vmap(functools.partial(orthogonal, shape=shape)) for shape in kinds]
+    return row([f(x) for f, x in zip(rounds, momenta)])[None]
 
 
 # ---------------------------------------------------------------- those that are meta-trained
@@ -527,13 +523,13 @@ def hierarchical(lstm=32, units=16, horizon=HORIZON, *, anchored=True, paced=Tru
     step = anchored_step(paced, steers) if anchored else papers_step
     more = dict(rows=[agreement], cues=[functools.partial(signal_to_noise, unit=10.0)])
     views = [orthogonal_momentum] if matrix else []
-    found = p2(lstm, units, horizon, step, views=views, **more if signal else {})
+    found = p2(lstm, units, horizon, step, views=views, **(more if signal else {}))
     if not returning:
         return found
     return LearnedOptimizer(found.init, lambda theta: going_back(found.optimizer(theta)))
 
 
-ADDITIONS = ("anchored", "paced", "steered", "signal", "matrix", "returning")  # of `hierarchical`
+ADDITIONS = ("anchored", "paced", "steered", "signal", "matrix", "returning")
 LEARNED = {"per_parameter_mlp": per_parameter_mlp, "hierarchical": hierarchical,
            "component_lstm": component_lstm,
            "per_parameter_mlp_without_rms": functools.partial(per_parameter_mlp, rms=False)}
@@ -556,7 +552,7 @@ def load(path, horizon=None):
     names = [name for name in arrays if name.startswith("theta/")]
     theta = {name[6:]: jnp.asarray(arrays[name]) for name in names}
     name, arguments = facts["name"], facts["sizes"]
-    if horizon:
+    if horizon is not None:
         arguments = arguments | {"horizon": horizon}
     try:
         found = LEARNED[name](**arguments)

@@ -1,36 +1,104 @@
-"""An optimizer is a pair (init, update), with optax's signature. Here are those designed by hand,
-and what this project puts around learned ones: a way back to the best parameters."""
+"""An optimizer is a pair (init, update), with optax's signature. Here are what all of them promise,
+those designed by hand, and what this project puts around learned ones: a way back to the best
+parameters."""
 import functools
 from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax, tree
 
 
 class Optimizer(NamedTuple):
     init: Callable    # init(params) -> state
-    update: Callable  # update(grads, state, params, *, loss=None, valid_loss=None)
+    update: Callable  # update(grads, state, params, *, loss=None, valid_loss=None, value=None)
     #                   -> (updates, state); updates are added to the parameters
 
 
+# ---------------------------------------------------------------- what all of them promise
+
+def careful(init, update):
+    """The Optimizer of a rule that may count on float32 tensors, a gradient for each, and losses
+    that are float32 scalars, NaN where there is none.
+
+    Parameters may be of any real floating-point type, and none at all. Updates have their types; a
+    state's types never change, and each of its arrays is its own, so that it can be donated.
+    `value` is the loss where that is missing. ValueError for other numbers and for gradients that
+    are not shaped like the parameters.
+    """
+    def start(params):
+        state = init(tree.map(float32, params)) if tree.leaves(params) else ()
+        return tree.map(lambda x: jnp.array(x, kept_type(x), copy=True), state)
+
+    def step(grads, state, params=None, *, loss=None, valid_loss=None, value=None, **extra):
+        if layout(grads) != layout(params):
+            raise ValueError("update(grads, state, params) needs gradients of the same structure "
+                             "and shapes as the parameters.")
+        if not tree.leaves(params):
+            return params, state
+        given = [tree.map(float32, x) for x in (grads, params)]
+        losses = dict(loss=scalar(value if loss is None else loss), valid_loss=scalar(valid_loss))
+        updates, new = update(given[0], state, given[1], **losses)
+        updates, new = (
+            tree.map(lambda x, old: x.astype(old.dtype), found, like)
+            for found, like in ((updates, params), (new, state)))
+        return updates, new
+
+    return Optimizer(start, step)
+
+
+def kept_type(x):
+    return jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+
+
+def layout(params):
+    return tree.structure(params), [jnp.shape(x) for x in tree.leaves(params)]
+
+
+def float32(x):
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError("Parameters and gradients must be real floating-point numbers, not "
+                         f"{x.dtype}: leave others out, or give their parts.")
+    if any(jax.typeof(x).sharding.spec):
+        raise ValueError("Parameters can't be divided along the explicit axes of a mesh: make the "
+                         "mesh with jax.sharding.AxisType.Auto.")
+    return x.astype(jnp.float32)
+
+
+def steps_of(horizon):
+    if not (isinstance(horizon, (int, np.integer)) and horizon > 0):
+        raise ValueError("horizon is the number of steps that a training takes, a positive "
+                         f"integer, not {horizon}.")
+    return int(horizon)
+
+
+def scalar(loss):
+    loss = jnp.asarray(jnp.nan if loss is None else loss, jnp.float32)
+    if loss.size != 1:
+        raise ValueError(f"A loss must be one number, not an array of shape {loss.shape}.")
+    return loss.reshape(())
+
+
+# ---------------------------------------------------------------- designed by hand
+
 def leafwise(averages, step):
-    """The Optimizer with so many running averages of each leaf.
+    """The Optimizer of a rule with `averages` running averages of each leaf.
 
     step(t, g, p, *averages) -> (update, *averages), for a leaf's gradient g and parameters p.
     """
     def init(params):
         return jnp.int32(0), *(tree.map(jnp.zeros_like, params) for _ in range(averages))
 
-    def update(grads, state, params=None, **losses):
+    def update(grads, state, params, **losses):
         t, *old = state
-        params = grads if params is None else params  # only weight decay reads them
         found = tree.map(functools.partial(step, t), grads, params, *old)
         inner = tree.structure((0,) * (1 + averages))
         updates, *new = tree.transpose(tree.structure(grads), inner, found)
         return updates, (t + 1, *new)
 
-    return Optimizer(init, update)
+    return careful(init, update)
 
 
 def sgd(learning_rate):
@@ -123,17 +191,14 @@ def muon(learning_rate, decay=0.95, horizon=None):
 
 # ---------------------------------------------------------------- ours: an end to overfitting
 
-def given(loss):
-    return jnp.nan if loss is None else loss
-
-
 BRAKE = 8.0  # after each return to the best parameters, steps are exp(-BRAKE) times as long
 
 
 class Record(NamedTuple):
     """What the validation loss was so far, and the parameters at its best."""
+    told: jax.Array     # the last loss, as it was told
     count: jax.Array    # of losses
-    latest: jax.Array   # [2], the losses before the next
+    latest: jax.Array   # [2], the last two, `bounded`
     noise: jax.Array    # variance of a loss, by second differences: a steady rise is none
     mean: jax.Array     # running mean of the losses, the newest counting half
     first: jax.Array    # the first loss
@@ -149,7 +214,9 @@ def remember(record, loss, params):
     loss. To be a new best, it has to be a tenth and half a deviation lower than the last: of many
     noisy means the lowest is lucky, and with few examples it is met long after overfitting began.
     """
-    k = record.count
+    k, told = record.count, loss
+    sigma = jnp.sqrt(record.noise + 1e-30)
+    loss = bounded(loss, record.mean, 3 * (sigma + jnp.abs(record.first)))
     mean = jnp.where(k > 0, 0.5 * (record.mean + loss), loss)
     bend = (loss - 2 * record.latest[1] + record.latest[0]) ** 2 / 6
     noise = record.noise + (bend - record.noise) / jnp.clip(k - 1, 1, 10)
@@ -162,7 +229,19 @@ def remember(record, loss, params):
     back = (k > 2) & (mean - best > 1.5 * sigma + 0.1 * jnp.abs(first))
     mean = jnp.where(back, best, mean)
     latest = jnp.where(back, best, jnp.stack([record.latest[1], loss]))
-    return Record(k + 1, latest, noise, mean, first, best, kept, record.returns + back), back
+    return Record(told, k + 1, latest, noise, mean, first, best, kept, record.returns + back), back
+
+
+def bounded(loss, center, limit):
+    """No further from the center than the limit, if there is one already: a loss of 1e20 must not
+    be all that a running average remembers."""
+    limit = jnp.where(limit > 1e-12, limit, 1e15)
+    return jnp.clip(loss, center - limit, center + limit)
+
+
+def news(loss, count, last):
+    """Whether a loss is finite and not just the last one handed on: equal ones count once."""
+    return jnp.isfinite(loss) & ((count == 0) | (loss != last))
 
 
 def going_back(optimizer):
@@ -170,16 +249,17 @@ def going_back(optimizer):
     was best, and hardly move any more."""
     def init(params):
         zero, none = jnp.float32(0), jnp.int32(0)
-        record = Record(none, jnp.zeros(2), zero, zero, zero, zero, params, none)
+        record = Record(zero, none, jnp.zeros(2), zero, zero, zero, zero, params, none)
         return optimizer.init(params), record
 
-    def update(grads, state, params, *, loss=None, valid_loss=None, **extra):
+    def update(grads, state, params, *, loss, valid_loss):
+        inner, record = state
         losses = dict(loss=loss, valid_loss=valid_loss)
-        updates, inner = optimizer.update(grads, state[0], params, **losses)
-        valid_loss = given(valid_loss)
+        updates, inner = optimizer.update(grads, inner, params, **losses)
         record, back = lax.cond(
-            jnp.isfinite(valid_loss), remember, lambda record, *_: (record, False),
-            state[1], valid_loss, params)
+            news(valid_loss, record.count, record.told),
+            remember, lambda record, *_: (record, False),
+            record, valid_loss, params)
         brake = jnp.exp(-BRAKE * record.returns)
 
         def move(u, p, best):
@@ -187,4 +267,4 @@ def going_back(optimizer):
 
         return tree.map(move, updates, params, record.params), (inner, record)
 
-    return Optimizer(init, update)
+    return careful(init, update)

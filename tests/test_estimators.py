@@ -108,8 +108,7 @@ def by_hand(name, sigma, perturbations, K, cap, clip):
         past = slope * xi - np.sum(noise * w * rp, 1, keepdims=True) * xi / (sigma ** 2 or 1)
         yield np.mean(w * rp + (1 - w) * es + past, 0), {
             "loss": np.mean(L), "capped": capped, "dropped": 0, "weight": np.mean(w),
-            "variance_rp": new[0].sum(), "variance_es": new[1].sum(),
-            "variance_history": past.var(0, ddof=1).sum()}, clipped
+            "variance_rp": new[0].sum(), "variance_es": new[1].sum()}, clipped
         if name in ("pes", "combined"):
             xi += noise
         else:
@@ -292,3 +291,18 @@ def test_where_its_variance_hides_the_merge_fails_and_a_long_memory_mends_it(nam
     assert error < 2.5
     if sd:
         np.testing.assert_allclose(np.std(found), sd, rtol=0.25)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gradient_is_float32_under_x64_and_integers_have_none(name):
+    with jax.enable_x64(True):
+        problem = InnerProblem(
+            lambda theta, key: jnp.zeros(()), lambda theta, s, key: (s, jnp.sum(theta ** 2) + s))
+        estimator, theta = make(name, problem), jnp.float32([1, 2])
+        given = theta, estimator.init(theta, KEY(0)), KEY(1)
+        like = jax.eval_shape(estimator.estimate, *given)
+        assert like[0].dtype == jnp.float32
+        assert str(like[1]) == str(jax.eval_shape(lambda: given[1]))
+    for use in (estimator.init, lambda *given: estimator.estimate(*given, KEY(0))):
+        with pytest.raises(ValueError, match="floating-point"):
+            use(jnp.arange(2), KEY(0))

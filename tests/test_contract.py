@@ -1,0 +1,193 @@
+"""What every optimizer promises, learned or designed by hand: types, donation, trees, losses."""
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import tree
+
+import model
+
+LEARNED = {"hierarchical": model.hierarchical(lstm=4, units=3),
+           "per_parameter_mlp": model.per_parameter_mlp(4, 2),
+           "component_lstm": model.component_lstm(3)}
+OPTIMIZERS = {name: x.optimizer(x.init(jax.random.key(0))) for name, x in LEARNED.items()} | {
+    "sgd": model.sgd(0.1), "momentum": model.momentum(0.1), "rmsprop": model.rmsprop(0.01),
+    "adam": model.adam(0.01), "muon": model.muon(0.01, horizon=9),
+    "nadamw": model.nadamw(0.01, weight_decay=0.1, warmup=2, horizon=9)}
+SHAPES = {"again": (3, 4), "b": (4,), "empty": (0, 2), "scalar": (), "w": (3, 4)}
+MIXED = dict(zip(SHAPES, ("bfloat16", "float16", "float32", "bfloat16", "float16")))
+NAN = np.float32(np.nan)
+each = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def typed(values, kind):
+    """Numbers of few bits, which all types hold exactly."""
+    return {k: jnp.asarray(np.round(8 * x) / 8, MIXED[k] if kind == "mixed" else kind)
+            for k, x in values.items()}
+
+
+def drawn(kind, steps=6):
+    rng = np.random.default_rng(0)
+    params, grads = ({k: rng.standard_normal((*more, *shape)) for k, shape in SHAPES.items()}
+                     for more in ((), (steps,)))
+    grads["again"][:, 1] = 0
+    return typed(params, kind), typed(grads, kind)
+
+
+def train(optimizer, params, state, grads):
+    """Each gradient counts twice, in two halves of a step, as optax.MultiSteps would have it."""
+    def step(carry, grad):
+        def half(carry, i):
+            params, state, sums = carry
+            sums = tree.map(jnp.add, sums, grad)
+
+            def whole():
+                updates, after = optimizer.update(
+                    sums, state, params, loss=1.0, valid_loss=np.float64(2))
+                moved = tree.map(jnp.add, params, updates)
+                return moved, after, tree.map(jnp.zeros_like, sums)
+
+            return jax.lax.cond(i == 1, whole, lambda: (params, state, sums)), None
+        return jax.lax.scan(half, carry, jnp.arange(2))
+
+    carry = params, state, tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(step, carry, grads)[0][:2]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def train_all(names, params, states, grads):
+    return {name: train(OPTIMIZERS[name], params[name], states[name], grads) for name in names}
+
+
+def kinds(x):
+    return tree.map(lambda x: (x.shape, x.dtype), x)
+
+
+PLAIN = {}  # what float32 gives
+
+
+@pytest.mark.parametrize("names", [*zip(LEARNED), tuple(OPTIMIZERS.keys() - LEARNED.keys())])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "mixed", "float64"])
+def test_all_types_in_jit_with_donation_scan_vmap_and_accumulation(names, kind):
+    with jax.enable_x64(kind == "float64"):
+        (params, grads), own = drawn(kind), {name: drawn(kind)[0] for name in names}
+        states = {name: OPTIMIZERS[name].init(params) for name in names}
+        before = {name: kinds((params, states[name])) for name in names}
+        many = jax.eval_shape(
+            jax.vmap(lambda grads: train_all(names, own, states, grads)),
+            tree.map(lambda x: jnp.stack([x, x]), grads))
+        assert tree.map(lambda x: (x.shape[1:], x.dtype), many) == before
+        after = train_all(names, own, states, grads)
+        assert kinds(after) == before
+        for name in names:
+            OPTIMIZERS[name].init(params)  # nothing of its own was given away
+    for name in names:
+        plain = PLAIN.setdefault(name, {k: np.float64(x) for k, x in after[name][0].items()})
+        for k, x in after[name][0].items():
+            begin = np.float64(params[k])
+            rounding = 12 * float(jnp.finfo(x.dtype).eps) * np.max(np.abs(begin), initial=1) + 1e-5
+            np.testing.assert_allclose(np.float64(x), plain[k], rtol=0, atol=rounding)
+            assert name == "component_lstm" or not x.size or np.abs(plain[k] - begin).max() > 1e-3
+
+
+@each
+def test_no_two_arrays_of_a_state_are_one_and_none_is_thetas(name):
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(3), "c": jnp.zeros(3)}
+    arrays = tree.leaves((params, OPTIMIZERS[name].init(params)))
+    if name in LEARNED:
+        arrays += tree.leaves(LEARNED[name].init(jax.random.key(0)))
+    places = [x.unsafe_buffer_pointer() for x in arrays]
+    assert len(set(places)) == len(places)
+
+
+Pair = collections.namedtuple("Pair", "a b")
+ONES = jnp.ones((2, 3))
+MESH = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+DIVIDED = jax.device_put(ONES, jax.NamedSharding(MESH, jax.sharding.PartitionSpec("x")))
+ALIKE, REAL = "same structure and shapes", "real floating-point numbers"
+
+
+@each
+@pytest.mark.parametrize("params, grads, told, sentence", [
+    ({"w": ONES}, {"w": ONES.T}, {}, ALIKE), ({"w": ONES}, {"v": ONES}, {}, ALIKE),
+    (Pair(ONES, ONES), {"a": ONES, "b": ONES}, {}, ALIKE), ({"w": ONES}, None, {}, ALIKE),
+    (None, {"w": ONES}, {}, ALIKE), ({"w": ONES + 1j}, {"w": ONES + 1j}, {}, REAL),
+    ({"w": jnp.arange(3)}, {"w": jnp.arange(3)}, {}, REAL),
+    ({"w": DIVIDED}, {"w": DIVIDED}, {}, "explicit axes"),
+    ({"w": ONES}, {"w": ONES}, dict(loss=jnp.ones(2)), "one number"),
+    ({"w": ONES}, {"w": ONES}, dict(valid_loss=jnp.ones((1, 2))), "one number")])
+def test_what_is_refused(name, params, grads, told, sentence):
+    optimizer = OPTIMIZERS[name]
+    with pytest.raises(ValueError, match=sentence):
+        optimizer.update(grads, optimizer.init({"w": ONES}), params, **told)
+
+
+@each
+def test_nothing_to_train(name):
+    for nothing in ({}, {"group": {}}, [None]):
+        state = OPTIMIZERS[name].init(nothing)
+        assert OPTIMIZERS[name].update(nothing, state, nothing, loss=1.0) == (nothing, state)
+
+
+def test_how_losses_may_be_told():
+    echo = model.careful(lambda params: (), lambda grads, state, params, loss, valid_loss: (
+        {"w": loss + 0 * ONES, "v": valid_loss}, state))
+    params = {"w": ONES, "v": jnp.ones(())}
+    for loss in (0.5, 1, jnp.bfloat16(0.5), jnp.full((1,), 0.5), np.float64(0.5)):
+        for told in (dict(loss=loss), dict(value=loss), dict(loss=loss, value=7.0, other=1)):
+            updates, _ = echo.update(params, (), params, valid_loss=loss, **told)
+            for x in updates.values():
+                np.testing.assert_array_equal(x, np.float32(loss) + np.zeros(x.shape))
+    assert np.isnan(echo.update(params, (), params)[0]["v"])
+
+
+def path(*losses):
+    """Of the hierarchical optimizer, told both losses: its last update and state."""
+    optimizer, params = OPTIMIZERS["hierarchical"], {"w": ONES}
+
+    def step(state, row):
+        updates, state = optimizer.update(params, state, params, loss=row[0], valid_loss=row[1])
+        return state, updates
+
+    state, updates = jax.lax.scan(step, optimizer.init(params), losses)
+    return updates["w"], state
+
+
+def test_a_validation_loss_that_is_handed_on_counts_once():
+    falling = np.float32([3, 2, 1, 1.5])
+    once, again = (np.full((4, 10), x, np.float32) for x in (NAN, 0))
+    once[:, 0], again[:] = falling, falling[:, None]
+    steps = np.float32(np.linspace(3, 1, 40))
+    (a, _), (b, _) = (path(steps, x.ravel()) for x in (once, again))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_one_loss_of_1e20_is_forgotten():
+    rng, wild = np.random.default_rng(0), np.zeros(300, np.float32)
+    losses = np.float32(1 + 0.1 * rng.standard_normal(300))
+    wild[[40, 41]] = 1e20, 3e38
+    (calm, state), (found, after) = (path(x, x) for x in (losses, losses + wild))
+    np.testing.assert_allclose(after[0].train[:2], state[0].train[:2], rtol=0.05)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(after[1].noise, state[1].noise, rtol=0.05)
+
+
+@pytest.mark.parametrize("horizon", [0, -5, np.nan, np.inf, 400.0, "400", None])
+@pytest.mark.parametrize("make", [model.hierarchical, model.per_parameter_mlp])
+def test_a_horizon_is_a_positive_integer(make, horizon):
+    with pytest.raises(ValueError, match="positive integer"):
+        make(horizon=horizon)
+
+
+def test_tensors_of_one_shape_are_one_program():
+    shapes, optimizer = [(6, 4), (4,), (4, 4), (4, 3), (3,), (3, 2)], OPTIMIZERS["hierarchical"]
+
+    def size(tensors):
+        params = [jnp.zeros(shapes[i % 6]) for i in range(tensors)]
+        state = jax.eval_shape(optimizer.init, params)
+        return len(str(jax.make_jaxpr(optimizer.update)(params, state, params)).splitlines())
+
+    assert size(96) < 2 * size(6)
