@@ -32,6 +32,7 @@ import tasks
 from evaluate import number
 
 COUNT, NATURAL = number(int, 1, 2 ** 31 - 1), number(int, 0, 2 ** 31 - 1)
+STEPS, SOME = number(int, 1, 10 ** 7), number(int, 0, 10 ** 5)  # of what takes memory
 POSITIVE, NOT_NEGATIVE = number(float, 1e-30), number(float, 0)
 ESTIMATORS = "truncated_backprop", "es", "merged", "pes", "combined"
 
@@ -54,26 +55,26 @@ class Settings:
     """Every field is a flag: of a type for argparse, or from what there is to choose from. RECIPES
     holds other defaults for other estimators."""
     tasks: families = flag(("mlp",), "families it learns from, joined by commas, or all")
-    num_tasks: NATURAL = flag(0, "tasks of each, measured against tuned Adam (0: ever new ones)")
+    num_tasks: SOME = flag(0, "tasks of each, against tuned Adam (0: ever new)")
     optimizer: tuple(model.LEARNED) = flag("hierarchical", "what to meta-train")
     output: ("anchored", "papers") = flag("anchored", "papers: without what this project adds")
     estimator: ESTIMATORS = flag("truncated_backprop", "of the meta-gradient")
-    target: tuple(evaluate.SPLITS) = flag("valid", "the loss it is for, held out or training")
+    target: tuple(evaluate.TARGETS) = flag("valid", "the loss it is for, held out or training")
     outer_steps: COUNT = flag(320, "updates of theta in all; a finished run can go on with more")
     minutes: POSITIVE = flag(7.8, "stop then even if steps are left; counted from each launch")
     save_seconds: POSITIVE = flag(30.0, "time between two saves")
     seed: number(int, 1 - 2 ** 31, 2 ** 31 - 1) = flag(0, "of theta, tasks and noise")
-    horizon: COUNT = flag(model.HORIZON, "T, inner steps of an episode")
-    truncation: COUNT = flag(model.HORIZON, "K, inner steps of one unroll; no bias if K = T")
-    num_pairs: COUNT = flag(2, "N, antithetic pairs (without noise, single trajectories)")
+    horizon: STEPS = flag(model.HORIZON, "T, inner steps of an episode")
+    truncation: STEPS = flag(model.HORIZON, "K, inner steps of one unroll; no bias if K = T")
+    num_pairs: number(int, 1, 10 ** 5) = flag(2, "N, antithetic pairs (single ones without noise)")
     sigma: NOT_NEGATIVE = flag(0.0, "deviation of the noise on theta; 0 for backprop alone")
     adjoint: POSITIVE = flag(1.0, "largest norm of what backprop sends from step to step")
     clip: POSITIVE = flag(0.3, "largest norm of one pair's pathwise gradient")
     learning_rate: POSITIVE = flag(6e-3, "of the outer Adam at its start")
     decay_steps: POSITIVE = flag(32.0, "outer steps that halve that rate; then like 1 / step")
     outer_optimizer: str = flag("", "theta.npz of a learned optimizer in the outer Adam's place")
-    fit: NATURAL = flag(128, "tasks of each family that fit the step size at the end (0: none)")
-    compare: number(int, 4) = flag(64, "held-out tasks of each in the comparison at the end")
+    fit: SOME = flag(128, "tasks of each family that fit the step size at the end (0: none)")
+    compare: number(int, 4, 10 ** 5) = flag(64, "held-out tasks of each, compared at the end")
 
 
 NOISY = dict(outer_steps=5000, decay_steps=500.0, truncation=20, num_pairs=16, sigma=0.01,
@@ -104,7 +105,7 @@ def inner_problem(family, learned, target, horizon, adjoint=jnp.inf, pool=None):
     def loss(task, params, batch):
         return family.loss(task, estimators.finite_adjoint(params), batch)
 
-    finite, split = family._replace(loss=loss), evaluate.SPLITS[target]
+    finite, split = family._replace(loss=loss), evaluate.TARGETS[target]
 
     def measure(task, inner, key):
         return loss(task, inner.params, family.batch(task, key, split))
@@ -131,16 +132,15 @@ def inner_problem(family, learned, target, horizon, adjoint=jnp.inf, pool=None):
     return estimators.InnerProblem(reset, step)
 
 
-def sizes(settings):
-    """The arguments of the optimizer to be learned; saved with it."""
-    maker, off = model.LEARNED[settings.optimizer], ()
-    if settings.output == "papers":
-        off = set(model.ADDITIONS) & set(inspect.signature(maker).parameters)
-    return {"horizon": settings.horizon} | dict.fromkeys(sorted(off), False)
+def arguments(settings):
+    """Of the optimizer to be learned; saved with it."""
+    known = inspect.signature(model.LEARNED[settings.optimizer]).parameters
+    additions = [name for name in model.ADDITIONS if name in known]
+    return {"horizon": settings.horizon} | dict.fromkeys(additions, settings.output != "papers")
 
 
 def make_learned(settings):
-    return model.LEARNED[settings.optimizer](**sizes(settings))
+    return model.LEARNED[settings.optimizer](**arguments(settings))
 
 
 def outer_step(settings, estimator, outer, name, run, key):
@@ -314,7 +314,7 @@ def save(settings, folder, run, rows):
 
 
 def save_theta(settings, folder, run):
-    model.save(folder / "theta.npz", settings.optimizer, run.average, sizes=sizes(settings),
+    model.save(folder / "theta.npz", settings.optimizer, run.average, sizes=arguments(settings),
                outer_steps_done=int(run.step), **dataclasses.asdict(settings))
 
 
@@ -340,7 +340,8 @@ def parse(parser):
     add = parser.add_argument
     add("--out", help="folder of the run (default: runs/<date>-<time>)")
     add("--resume", metavar="FOLDER", help="go on with the run in this folder, here or elsewhere")
-    add("--devices", type=COUNT, help="CPU devices of this process, which share the pairs")
+    add("--devices", type=number(int, 1, 256),
+        help="CPU devices of this process, which share the pairs")
     add("--coordinator", default="", help="HOST:PORT of process 0, if several share them; or auto")
     add("--processes", type=COUNT, help="how many there are")
     add("--process", type=NATURAL, help="which one this is, from 0")
@@ -365,9 +366,10 @@ def parse(parser):
             raise ValueError(f"{folder} was begun with another {changed[0]}: resume it without "
                              "that flag, or start a new run.")
         chosen = stored | chosen
-    elif folder.exists():
+    elif folder.exists() and any(folder.iterdir()):  # a run may have died before its first save
         raise ValueError(f"{folder} is there: choose another --out, or --resume {folder}.")
-    settings = Settings(**RECIPES.get(chosen.get("estimator"), {}) | chosen)
+    whole = {"truncation": chosen["horizon"]} if "horizon" in chosen else {}
+    settings = Settings(**whole | RECIPES.get(chosen.get("estimator"), {}) | chosen)
     if settings.horizon % evaluate.EVERY:
         raise ValueError(f"--horizon must be a multiple of {evaluate.EVERY}.")
     return settings, folder, arrays, flags

@@ -3,10 +3,13 @@ import os
 
 # Compiling is most of the time, here and in the processes that tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 import jax
 import pytest
+
+if jax.__version_info__ < (0, 11):  # a flag that later ones don't know
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
 
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -19,3 +22,8 @@ def no_key_used_twice(request):
     0.10 mistakes a scan over split keys, vmapped over keys, for reuse."""
     with jax.debug_key_reuse(request.module.__name__.split(".")[-1] == "test_tasks"):
         yield
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error::DeprecationWarning")
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:matplotlib.*")  # its own

@@ -238,10 +238,15 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --coordinator here:80;
     --coordinator here:there --processes 2 --process 0; --coordinator here:80 --processes 2;
     --coordinator here:80 --processes 2 --process 2;
-    --coordinator here:80 --processes 2 --process -1""",
+    --coordinator here:80 --processes 2 --process -1; --num-tasks {2 ** 31}; --num-tasks -1;
+    --num-pairs {2 ** 31 - 1}; --devices 1000000; --horizon 0; --horizon {2 ** 31};
+    --truncation 0; --truncation 7; --save-seconds 0; --adjoint 0; --learning-rate -1""",
          "evaluate": f"""missing.npz; foreign.npz; other.npz; --tasks 3; --tasks 0; --tasks many;
     theta.npz --horizon 30; --nonsense; --family chess; --seed {2 ** 31};
-    theta.npz --data missing.npz; theta.npz --data other.npz;
+    theta.npz --data missing.npz; theta.npz --data other.npz; theta.npz --data missing.csv;
+    theta.npz --data file; theta.npz --target y; theta.npz --data other.npz --target y;
+    theta.npz --tasks {2 ** 31}; theta.npz --horizon 0; theta.npz --horizon {2 ** 31 + 4};
+    theta.npz --net rnn; theta.npz theta.npz;
     theta.npz --picture no/such/folder/picture.png; theta.npz --json no/such/folder/table.json""",
          "experiments": """nothing; landscape --seed x; landscape --theta theta.npz;
     landscape --out file/x; regularisation --theta missing.npz; wall-clock --theta foreign.npz"""}

@@ -22,8 +22,8 @@ def test_use_it_on_your_own_loss_and_add_a_task(monkeypatch):
     with jax.numpy_rank_promotion("allow"):
         exec(SNIPPETS[0], own_loss)
         exec(SNIPPETS[1], add_a_task)
-        curve = jax.jit(lambda key: evaluate.learning_curve(
-            add_a_task["sinusoids"], model.adam(0.02), key, 300))(random.key(0))
+        curve = jax.jit(lambda key: evaluate.run(
+            add_a_task["sinusoids"], model.adam(0.02), key, 300)["curves"])(random.key(0))
     assert jnp.sum((own_loss["params"]["w"] - 3.0) ** 2) < 0.5 * 45  # 45 at the start
     assert np.isfinite(curve).all() and curve[-1, 1] < 0.5 * curve[0, 1]
 
@@ -42,3 +42,12 @@ def test_the_shipped_optimizers_are_of_the_commands_on_the_results_page():
         facts = model.about(path)
         assert sum(settings.items() <= facts.items() for settings in asked) == 1
     assert meta_train.families("all") == tuple(tasks.FAMILIES)
+
+
+def test_the_table_tells_how_long_each_file_is():
+    rows, told = re.findall(r"^\| (`.+?) \| ([\d, ]+) \|", (ROOT / "README.md").read_text(), re.M), {}
+    for names, lines in rows:
+        told |= dict(zip(re.findall(r"`(\w+\.py)`", names), map(int, lines.split(","))))
+    found = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
+    assert told.keys() == found.keys()
+    assert all(abs(told[name] - lines) <= 0.1 * lines for name, lines in found.items())
