@@ -120,9 +120,9 @@ def flat(theta):
 def check(weight, num_pairs, truncation, horizon, sigma):
     if num_pairs < 1 + (weight in MERGING):
         raise ValueError(f"num_pairs must be at least {1 + (weight in MERGING)}, not {num_pairs}")
-    if not (sigma > 0 or sigma == 0 and weight == 1):
+    if not (1e-15 < sigma < 1e15 or sigma == 0 and weight == 1):
         raise ValueError(f"sigma must be positive (0 for backprop alone), not {sigma}")
-    if truncation < 1 or horizon % truncation:
+    if not 1 <= truncation <= horizon < 2 ** 31 or horizon % truncation:
         raise ValueError(f"the truncation ({truncation}) must divide the horizon ({horizon})")
 
 

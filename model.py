@@ -549,25 +549,25 @@ def load(path, horizon=None):
     """-> (LearnedOptimizer, theta), for trainings of `horizon` steps (or as many as it knows).
     ValueError, with one sentence, if the file is not one that `save` wrote."""
     facts, arrays = about(path), machine.read_npz(path)
-    names = [name for name in arrays if name.startswith("theta/")]
-    theta = {name[6:]: jnp.asarray(arrays[name]) for name in names}
+    theta = {name[6:]: x for name, x in arrays.items() if name.startswith("theta/")}
     name, arguments = facts["name"], facts["sizes"]
     if horizon is not None:
-        arguments = arguments | {"horizon": horizon}
+        arguments = arguments | {"horizon": steps_of(horizon)}
     try:
         found = LEARNED[name](**arguments)
-    except (KeyError, TypeError):
+        wanted = jax.eval_shape(found.init, random.key(0))
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} holds an optimizer this version doesn't know: {facts}.") from None
-    wanted = jax.eval_shape(found.init, random.key(0))
     layouts = [{k: (x.shape, x.dtype) for k, x in both.items()} for both in (theta, wanted)]
-    if layouts[0] != layouts[1]:
+    if layouts[0] != layouts[1] or not all(np.isfinite(x).all() for x in theta.values()):
         raise ValueError(f"{path} holds meta-parameters that do not fit a {name} of {arguments}.")
-    return found, theta
+    return found, tree.map(jnp.asarray, theta)
 
 
 def about(path):
     """The facts that `save` wrote beside theta: a dict with at least "name" and "sizes"."""
     try:
-        return json.loads(str(machine.read_npz(path)["about"]))
-    except (KeyError, json.JSONDecodeError):
+        facts = json.loads(str(machine.read_npz(path)["about"]))
+        return {"name": facts["name"], "sizes": {**facts["sizes"]}} | facts
+    except (KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{path} is an .npz file, but not written by this project.") from None

@@ -68,17 +68,18 @@ def float32(x):
 
 
 def steps_of(horizon):
-    if not (isinstance(horizon, (int, np.integer)) and horizon > 0):
+    number = isinstance(horizon, (int, np.integer)) and not isinstance(horizon, bool)
+    if not (number and 0 < horizon < 2 ** 31):
         raise ValueError("horizon is the number of steps that a training takes, a positive "
                          f"integer, not {horizon}.")
     return int(horizon)
 
 
 def scalar(loss):
-    loss = jnp.asarray(jnp.nan if loss is None else loss, jnp.float32)
-    if loss.size != 1:
-        raise ValueError(f"A loss must be one number, not an array of shape {loss.shape}.")
-    return loss.reshape(())
+    try:
+        return jnp.asarray(jnp.nan if loss is None else loss, jnp.float32).reshape(())
+    except (TypeError, OverflowError):
+        raise ValueError(f"A loss must be one real number, not {loss}.") from None
 
 
 # ---------------------------------------------------------------- designed by hand
@@ -126,7 +127,7 @@ def scheduled(learning_rate, t, warmup, horizon):
     rate = learning_rate * jnp.minimum(1.0, (t + 1) / jnp.maximum(warmup, 1))
     if horizon is None:
         return rate
-    share = jnp.clip((t - warmup) / (horizon - warmup), 0.0, 1.0)
+    share = jnp.clip((t - warmup) / jnp.maximum(steps_of(horizon) - warmup, 1), 0.0, 1.0)
     return rate * (0.5 + 0.5 * jnp.cos(jnp.pi * share))
 
 
@@ -164,7 +165,7 @@ def orthogonal(x, shape):
     vectors and scalars. Two rounds of Muon's polynomial (Jordan et al. 2024) take singular values
     of 0.05 to 1 times x's norm to 0.6 to 1.2.
     """
-    if len(shape) < 2:
+    if len(shape) < 2 or 0 in shape:
         return jnp.zeros_like(x)
     x = x.reshape(-1, shape[-1]) * lax.rsqrt(jnp.sum(x * x) + 1e-12)
     tall = x.shape[0] > x.shape[1]

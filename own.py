@@ -32,7 +32,8 @@ def require(fine, sentence):
 
 # ---------------------------------------------------------------- files
 
-WORDS = {"true": 1, "false": 0} | dict.fromkeys(["", "?", "na", "n/a", "null", "none"], np.nan)
+MISSING = "", "?", "na", "nan", "n/a", "null"
+WORDS = {"true": 1, "false": 0} | dict.fromkeys([*MISSING, "none"], np.nan)
 
 
 def column(cells):
@@ -52,8 +53,10 @@ def cells_of(path):
         rows = list(csv.reader(lines, delimiter=separator, skipinitialspace=True))
     except (OSError, csv.Error) as error:
         raise ValueError(f"{path} can't be read as a table ({error}).") from None
-    names, *rows = [row for row in rows if any(row)] or [[]]
-    require(rows and column(names).dtype.kind == "U" and len(set(names)) == len(names),
+    names, *rows = [[cell.strip() for cell in row] for row in rows if any(row)] or [[]]
+    words = column(names).dtype.kind == "U"
+    numbers = any(column([name]).dtype.kind == "f" and "." in name for name in names)
+    require(rows and words and not numbers and len(set(names)) == len(names),
             f"{path} must begin with a line that names its columns, no two alike, then have rows.")
     for i, row in enumerate(rows):
         require(len(row) == len(names), f"Row {i + 1} of {path} has {len(row)} cells for "
@@ -168,20 +171,23 @@ def outputs(y):
     text = kind in "US"
     y = y.astype(str) if text else y
     require(kind in "bui" or kind == "f" and np.isfinite(y).all()
-            or text and columns == 1 and (y != "").all(),
+            or text and columns == 1 and not np.isin(np.char.lower(y), MISSING).any(),
             "y must hold finite numbers, or one word for each row: leave out rows without.")
     if columns > 1 and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
         y, columns, kind, how = y.argmax(1), 1, "i", ", one-hot"
     names, labels = np.unique(y, return_inverse=True)
-    most = n if text else n / 2  # whole numbers that hardly ever repeat are a target
+    most = n / 2  # whole numbers that hardly ever repeat are a target
+    require(not text or len(names) <= most, "y is text that hardly ever repeats: write numbers "
+            "with a point, and without thousands separators.")
     if kind == "f":
         most, how = min(30, n / 10) * (y == y.round()).all(), ", whole numbers, few and repeated"
     if columns > 1 or len(names) > most:
         return np.float64(y), 0, f"{columns} target{'s' * (columns > 1)}"
     labels = labels.ravel()
     lacking = np.setdiff1d(labels, labels[:seen])
-    require(len(names) > 1 and not lacking.size, "There must be two classes or more, and all in "
-            f"the training data, which lack {names[lacking[:5]]}: leave out those rows.")
+    require(len(names) > 1, "There must be two classes or more in y.")
+    require(not lacking.size, "All classes must be in the training data, which lack "
+            f"{names[lacking[:5]]}: leave out those rows.")
     return labels, len(names), f"{len(names)} classes ({names[0]} to {names[-1]}{how})"
 
 
@@ -248,8 +254,9 @@ def understood(arrays):
         scores = dict.fromkeys(("test loss", "accuracy", "balanced accuracy"), 1)
     else:
         middle, inverse = moments(y, rows["train"], 0)
-        require(inverse.all(), "A target is the same in all training rows: leave it out.")
         y = np.float32((y - middle) * inverse)
+        varies = [np.ptp(y[rows[part]], 0).all() for part in ("train", "test")]
+        require(all(varies), "A target is the same in all training or test rows: leave it out.")
         constant, scores = y[rows["test"]].mean(0), {"test loss": 1, "R^2": 1}
         for i, unit in enumerate(1 / inverse[0]):
             scores["RMSE" + f" {i + 1}" * (len(constant) > 1)] = unit

@@ -1,6 +1,7 @@
 """Optimizers against plain loops in float64, written from the formulas; then how they are used."""
 import functools
 import os
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -431,7 +432,17 @@ def test_save_and_load(tmp_path):
         b"", b"no zip", whole[:999], whole[:200] + b"\0" * 50 + whole[250:])]
     writes += [(new(np.savez, path, about=np.array({}, object)), "damaged"),  # it would be a pickle
                (new(np.savez, path, x=np.ones(3)), "not written"), (path.unlink, "no file")]
-    for which, sizes, why in (("?", {}, "know"), (name, {"of": 1}, "know"), (name, {}, "not fit")):
+    writes += [(new(np.savez, path, about=facts), "not written") for facts in ("null", "[1]", "{}")]
+    broken = theta | {"log_lr": np.float32(np.nan)}
+    writes.append((new(model.save, path, name, broken, sizes={"units": 4}), "not fit"))
+
+    def no_arrays():
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("notes.txt", "no array")
+
+    writes.append((no_arrays, "not written"))
+    for which, sizes, why in (("?", {}, "know"), (name, {"of": 1}, "know"),
+                              (name, {"units": "a"}, "know"), (name, {}, "not fit")):
         writes.append((new(model.save, path, which, theta, sizes=sizes), why))
     for write, why in writes:
         write()
