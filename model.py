@@ -389,7 +389,8 @@ def p2(lstm, units, horizon, step, rows=(), cues=(), views=()):
 
         odd = [parameter_features(seen), *(view(seen) for view in views)]
         odd = jnp.concatenate(odd)
-        even = jnp.log(jnp.abs(w)[None] + 1e-8), seen.v, lax.rsqrt(seen.v + 1e-6)
+        log_w = jnp.log(jnp.abs(w)[None] + 1e-8)
+        even = log_w, seen.v, lax.rsqrt(seen.v + 1e-6)
         shared = joined(dense(theta, "condition", h, CONDITION), tensor_facts(squares, seen))
         features = jnp.concatenate([odd, *even])
         hidden, features = mlp(theta, units, 2, features, shared, seen)
@@ -438,7 +439,8 @@ def anchored_step(paced, steers=()):
             direct = of_d[:, None] + jnp.tanh(steer[1:, :, 0])
             bend = jnp.einsum("fc,fcn->cn", direct, x[:odd])
             push = adam + d - mean(d)[:, None] + bend
-            size = jnp.exp(log_lr + jnp.minimum(a + jnp.tensordot(of_a, x, 1) + steer[0], 1.0))
+            scale = jnp.tensordot(of_a, x, 1)
+            size = jnp.exp(log_lr + jnp.minimum(a + scale + steer[0], 1.0))
             return -pace * size * push
 
         adam = by_shape(directions(seen)[B1], seen.shapes)
@@ -558,8 +560,10 @@ def load(path, horizon=None):
         wanted = jax.eval_shape(found.init, random.key(0))
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{path} holds an optimizer this version doesn't know: {facts}.") from None
-    layouts = [{k: (x.shape, x.dtype) for k, x in both.items()} for both in (theta, wanted)]
-    if layouts[0] != layouts[1] or not all(np.isfinite(x).all() for x in theta.values()):
+    alike = theta.keys() == wanted.keys() and all(
+        (x.shape, x.dtype) == (wanted[k].shape, wanted[k].dtype) and np.isfinite(x).all()
+        for k, x in theta.items())
+    if not alike:
         raise ValueError(f"{path} holds meta-parameters that do not fit a {name} of {arguments}.")
     return found, tree.map(jnp.asarray, theta)
 

@@ -1,6 +1,7 @@
 """What every optimizer promises, learned or designed by hand: types, donation, trees, losses."""
 import collections
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -195,3 +196,10 @@ def test_tensors_of_one_shape_are_one_program():
         return len(str(jax.make_jaxpr(optimizer.update)(params, state, params)).splitlines())
 
     assert size(96) < 2 * size(6)
+
+
+def test_shipped_files_are_float32_under_x64():
+    with jax.enable_x64(True):
+        for name in ("pretrained.npz", "pretrained_mlp.npz"):
+            _, theta = model.load(Path(__file__).parent.with_name(name))
+            assert {x.dtype.name for x in theta.values()} == {"float32"}
