@@ -150,7 +150,8 @@ def write_npz(path, arrays):
 
 
 def read_npz(path):
-    """-> dict of arrays; nothing is unpickled. ValueError, one sentence, if it can't be read."""
+    """-> dict of the arrays in it; nothing is unpickled. ValueError, one sentence, if it can't be
+    read, or if it is one of ours and not what was written."""
     damages = (OSError, ValueError, EOFError, TypeError, RuntimeError, MemoryError, SyntaxError,
                AttributeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error)
     try:

@@ -366,7 +366,7 @@ def parse(parser):
             raise ValueError(f"{folder} was begun with another {changed[0]}: resume it without "
                              "that flag, or start a new run.")
         chosen = stored | chosen
-    elif folder.exists() and not all("partial-" in str(x) for x in folder.iterdir()):
+    elif folder.exists() and not all(x.name.startswith("partial-") for x in folder.iterdir()):
         raise ValueError(f"{folder} is there: choose another --out, or --resume {folder}.")
     whole = {"truncation": chosen["horizon"]} if "horizon" in chosen else {}
     settings = Settings(**whole | RECIPES.get(chosen.get("estimator"), {}) | chosen)

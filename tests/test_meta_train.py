@@ -1,4 +1,5 @@
 """The program as its users meet it: runs, resumes after kill -9, refuses what it can't do."""
+import argparse
 import csv
 import dataclasses
 import functools
@@ -154,10 +155,21 @@ def test_kill_and_resume_is_bit_identical(toys, tmp_path):
 def small(tmp_path_factory):
     """A run of five steps."""
     folder = tmp_path_factory.mktemp("small") / "run"
+    folder.mkdir()  # by another that was killed in its first save
+    (folder / "partial-checkpoint.npz").write_text("")
     with pytest.MonkeyPatch.context() as monkeypatch:
         play(monkeypatch)
         main(*TINY, "--outer-steps", 5, "--out", folder)
     return folder
+
+
+@pytest.mark.parametrize("arguments, truncation", [
+    ("", 400), ("--horizon 40", 40), ("--horizon 40 --truncation 20", 20),
+    ("--horizon 40 --estimator pes", 20)])
+def test_a_truncation_is_the_horizon_unless_something_else_is_said(
+        arguments, truncation, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["meta_train.py", *arguments.split()])
+    assert meta_train.parse(argparse.ArgumentParser())[0].truncation == truncation
 
 
 def interrupted(monkeypatch, interruption):
@@ -232,7 +244,8 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --outer-steps many; --outer-steps 0; --outer-steps {2 ** 31}; --minutes -1; --minutes nan;
     --horizon 30 --truncation 30; --horizon 400 --truncation 300; --estimator pes --sigma 0;
     --sigma -1; --num-pairs 0; --estimator merged --num-pairs 1; --decay-steps nan; --compare 3;
-    --out small; --out file; --out file/run; --out /proc/run; --resume nowhere; --resume empty;
+    --out small; --out file; --out file/run; --out partial-small;
+    --out /proc/run; --resume nowhere; --resume empty;
     --resume damaged; --resume foreign; --resume stranger; --resume=; --resume small --seed 4;
     --resume less; --resume former; --resume small --estimator es; --resume small --out other;
     --devices 0; --devices two; --wait 0; --processes 2; --process 0; --coordinator here;
@@ -267,6 +280,7 @@ def test_wrong_uses_end_in_one_sentence_and_write_nothing(
     np.savez("foreign/checkpoint.npz", x=np.ones(3))
     np.savez("stranger/checkpoint.npz", settings=np.array(5))
     shutil.copytree(small, "small")
+    shutil.copytree(small, "partial-small")
     shutil.copytree(small, "less")  # a checkpoint with an array less
     arrays = machine.read_npz("less/checkpoint.npz")
     np.savez("less/checkpoint.npz", **{k: x for k, x in arrays.items() if k != "leaf0007"})
