@@ -1,8 +1,8 @@
 """The meta-gradient of any unrolled computation: one formula, and the five estimators it holds.
 
 All estimate the gradient, with respect to theta, of the mean loss over an episode of T steps
-(`horizon`) from unrolls of K steps (`truncation`) of N antithetic pairs (`num_pairs`). For pair n,
-in the truncation it is now in,
+(`horizon`) from unrolls of K steps (`truncation`, or fewer) of N antithetic pairs (`num_pairs`).
+For pair n, in the truncation it is now in,
 
     g_n =  w rp_n  +  (1 - w) dL_n / (2 sigma^2) eps_n  +  dL_n / (2 sigma^2) xi_n
            '----- the current truncation -----'     '- earlier truncations -'
@@ -17,8 +17,9 @@ in the truncation it is now in,
 where dL = L(theta + eps) - L(theta - eps), L is the mean loss of the truncation, rp its pathwise
 gradient (mean of both signs), eps ~ N(0, sigma^2), and xi the sum of the trajectory's earlier ones.
 Those that drop earlier truncations are biased when K < T. Both signs of a pair share everything
-random: task, initialisation, batches. Starts are staggered, so that the pairs together cover all of
-an episode. A trajectory resets inside the perturbed unroll, with its own theta, so that learned
+random: task, initialisation, batches. The last truncation of an episode ends with it, and counts as
+much if that makes it short. Starts are staggered, so that the pairs together cover all of an
+episode. A trajectory resets inside the perturbed unroll, with its own theta, so that learned
 initial states receive their gradient. P1: Metz et al. 2019. P3: Vicol et al. 2021 (2112.13835).
 """
 import functools
@@ -40,7 +41,8 @@ class InnerProblem(NamedTuple):
 
 class Estimator(NamedTuple):
     init: Callable      # init(theta, key) -> particles
-    estimate: Callable  # estimate(theta, particles, key) -> (gradient, particles, metrics)
+    estimate: Callable  # estimate(theta, particles, key, lengths=K) -> (gradient, particles,
+    #                     metrics); lengths [N]: how many of the K steps each pair takes
 
 
 class Particles(NamedTuple):
@@ -51,10 +53,11 @@ class Particles(NamedTuple):
 
 
 def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma, cap=10.0,
-              clip=jnp.inf):
+              clip=jnp.inf, floor=1e-30):
     """The formula above. `weight`: w is 0, 1, or from the "sample" itself (P1), or "running", from
     earlier ones, see `weights`. `history`: whether earlier truncations are kept, and so whether
-    each sign lives its own trajectory. ValueError for what can't work.
+    each sign lives its own trajectory. `floor` is added to variances. ValueError for what can't
+    work.
 
     A loss that is not finite, or not below `cap`, counts as `cap`. Each pair's rp is scaled to a
     norm of at most `clip`, or dropped if not finite. What w rp explains of dL tells nothing of the
@@ -62,7 +65,7 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
     moves the mean by order sigma^2 at most.
     """
     check(weight, num_pairs, truncation, horizon, sigma)
-    unroll = make_unroll(problem, truncation, horizon, cap)
+    unroll = make_unroll(problem, truncation, cap)
     signs = np.float32([1, -1] if sigma else [0])
 
     def init(theta, key):
@@ -75,19 +78,22 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         phases = horizon // truncation * np.arange(num_pairs) // num_pairs  # can't overflow
         return Particles(state, xi, jnp.int32(horizon + truncation * phases), variances)
 
-    def estimate(theta, particles, key):
+    def estimate(theta, particles, key, lengths=None):
         theta, unravel = flat(theta)
         state, xi, t, variances = particles
         keys = jax.vmap(random.split)(random.split(key, num_pairs))  # [N, 2]
         draw = functools.partial(random.normal, shape=theta.shape, dtype=theta.dtype)
         eps = sigma * jax.vmap(draw)(keys[:, 0])
-        xi = jnp.where((t >= horizon)[:, None], 0, xi)
+        ends = t >= horizon
+        xi, t = jnp.where(ends[:, None], 0, xi), jnp.where(ends, t - horizon, t)
+        whole = lengths is None and horizon % truncation == 0
+        taken = jnp.minimum(truncation if lengths is None else lengths, horizon - t)
         pair = functools.partial(run_pair, unroll, unravel, signs, weight != 0, clip)
-        rows = state, t, eps, keys[:, 1]
+        rows = state, ends, None if whole else taken, eps, keys[:, 1]
         L, rp, state, counts = machine.over_devices(pair, num_pairs)(theta, rows)
         dL = (L[:, 0] - L[:, -1])[:, None]  # [N, 1]
         es, past = (dL * noise / (2 * sigma ** 2 or 1) for noise in (eps, xi))
-        w, variances, metrics = weights(weight, rp, es, variances)
+        w, variances, metrics = weights(weight, rp, es, variances, floor)
         past -= jnp.sum(eps * w * rp, 1, keepdims=True) * xi / (sigma ** 2 or 1)
         gradient = jnp.mean(w * rp + (1 - w) * es + past, 0)
         metrics |= {"loss": jnp.mean(L)} | tree.map(jnp.sum, counts)
@@ -95,14 +101,14 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
             xi = xi + eps
         else:  # the positive sign carries on for both
             state = tree.map(lambda x: jnp.broadcast_to(x[:, :1], x.shape), state)
-        t = jnp.where(t >= horizon, t - horizon, t) + truncation
-        return unravel(gradient), Particles(state, xi, t, variances), metrics
+        return unravel(gradient), Particles(state, xi, t + taken, variances), metrics
     return Estimator(init, estimate)
 
 
 truncated_backprop = functools.partial(estimator, weight=1, history=False, sigma=0.0)
 es = functools.partial(estimator, weight=0, history=False)
-merged = functools.partial(estimator, weight="sample", history=False)
+merged = functools.partial(
+    estimator, weight="sample", history=False, floor=1e-8 / 4)  # P1 has 1e-8, and all terms twice
 pes = functools.partial(estimator, weight=0, history=True)
 combined = functools.partial(estimator, weight="running", history=True)
 MERGING = ("sample", "running")
@@ -122,18 +128,19 @@ def check(weight, num_pairs, truncation, horizon, sigma):
         raise ValueError(f"num_pairs must be at least {1 + (weight in MERGING)}, not {num_pairs}")
     if not (1e-15 < sigma < 1e15 or sigma == 0 and weight == 1):
         raise ValueError(f"sigma must be positive (0 for backprop alone), not {sigma}")
-    if not 1 <= truncation <= horizon < 2 ** 31 or horizon % truncation:
-        raise ValueError(f"the truncation ({truncation}) must divide the horizon ({horizon})")
+    if not 1 <= truncation <= horizon < 2 ** 31:
+        raise ValueError(f"the truncation ({truncation}) must be at most the horizon ({horizon})")
 
 
 def run_pair(unroll, unravel, signs, differentiate, clip, theta, row):
     """Both signs of one pair -> losses L [signs], rp [P], states, and numbers of what went wrong.
-    theta [P]; row: states [signs, ...], t, eps [P] and the key that both share."""
-    state, t, eps, key = row
+    theta [P]; row: states [signs, ...], whether they start over, how many steps they take (None:
+    all K), eps [P] and the key that both share."""
+    state, ends, taken, eps, key = row
 
     def mean_loss(thetas):
         def one(row):
-            return unroll(unravel(row[0]), row[1], t, key)
+            return unroll(unravel(row[0]), row[1], ends, taken, key)
 
         losses, states, capped = machine.over_rows(one, (thetas, state))
         return jnp.mean(losses), (losses, states, jnp.sum(capped))
@@ -147,7 +154,7 @@ def run_pair(unroll, unravel, signs, differentiate, clip, theta, row):
     return losses, rp, states, {"capped": capped, "dropped": dropped}
 
 
-def weights(weight, rp, es, variances):
+def weights(weight, rp, es, variances, floor):
     """-> (w [1, P] or [1, 1], running variances, metrics), of both terms, [N, P] each.
 
     w = v_es / (v_es + v_rp), of variances over the pairs: of this very sample, as in P1, biased
@@ -158,7 +165,7 @@ def weights(weight, rp, es, variances):
         return jnp.full((1, 1), weight), variances, {}
     new = jnp.var(rp, 0, ddof=1), jnp.var(es, 0, ddof=1)
     v_rp, v_es = new if weight == "sample" else variances[:2]
-    w = (v_es + 1e-30) / (v_es + v_rp + 2e-30)
+    w = (v_es + floor) / (v_es + v_rp + 2 * floor)
     if weight == "running":
         count = variances[2]
         w = jnp.where(count > 0, w, 0.0)
@@ -169,24 +176,32 @@ def weights(weight, rp, es, variances):
     return w[None], variances, {"weight": jnp.mean(w)} | spread
 
 
-def make_unroll(problem, truncation, horizon, cap):
-    """unroll(theta, state, t, key) -> (mean loss of K steps, state, number of capped losses).
+def make_unroll(problem, truncation, cap):
+    """unroll(theta, state, ends, taken, key) -> (mean loss of so many steps, or, if that is None,
+    of K, state, number of capped losses).
 
-    It starts over if t is T or more. A capped loss carries no gradient (P1 section 4). Going
+    It starts over if the episode `ends`. A capped loss carries no gradient (P1 section 4). Going
     backward, each step is computed again from its state; random bits are kept.
     """
-    def unroll(theta, state, t, key):
+    def unroll(theta, state, ends, taken, key):
         reset_key, key = random.split(key)
-        state = lax.cond(t >= horizon, lambda: problem.reset(theta, reset_key), lambda: state)
+        state = lax.cond(ends, lambda: problem.reset(theta, reset_key), lambda: state)
 
-        def step(state, key):
-            state, loss = problem.step(theta, state, key)
+        def step(before, row):
+            i, key = row
+            state, loss = problem.step(theta, before, key)
             good = jnp.isfinite(loss) & (loss < cap)
-            return state, (jnp.where(good, loss, cap).astype(jnp.float32), ~good)
+            loss, capped = jnp.where(good, loss, cap).astype(jnp.float32), ~good
+            if taken is not None:
+                there = i < taken
+                state = tree.map(functools.partial(jnp.where, there), state, before)
+                loss, capped = jnp.where(there, loss, 0), capped & there
+            return state, (loss, capped)
 
         step = jax.checkpoint(step, policy=lambda primitive, *_, **__: "random" in primitive.name)
-        state, (losses, capped) = lax.scan(step, state, random.split(key, truncation))
-        return jnp.mean(losses), state, jnp.sum(capped)
+        rows = jnp.arange(truncation), random.split(key, truncation)
+        state, (losses, capped) = lax.scan(step, state, rows)
+        return jnp.sum(losses) / (truncation if taken is None else taken), state, jnp.sum(capped)
     return unroll
 
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import time
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -364,24 +365,42 @@ def compare_picture(path, curves):
 
 # ---------------------------------------------------------------- the outer loss, and what it fits
 
-CAP = 10 * 10 ** 0.5  # the outer loss of ten times the start, at the end; P1 caps the loss at 10
 TARGETS = {"valid": "outer_valid", "train": "train"}  # where the outer loss's batches come from
 MULTIPLES = 2.0 ** np.linspace(-1.5, 0.5, 5)  # of the step size, tried by `fit_step_size`
 BIASES = 2.0 ** -np.arange(5)  # of the step size of biases, likewise
 
 
-def outer_loss(loss, start, progress, baseline=0.0):
-    """10 (t/T)^4 sqrt(l / l_0): what a loss l counts after inner step t of T (progress = t/T) in a
-    task that began at l_0.
+class OuterLoss(NamedTuple):
+    """What a loss counts for theta: at most `cap`, as of loss(l, l_0, t / T, b) after inner step t
+    of T, in a task that began at l_0, where Adam's best loss is b l_0 (0 if that isn't known)."""
+    loss: Callable
+    cap: float
 
-    Dividing by l_0 makes tasks comparable. The rest is this project's: the root lets neither the
-    tasks that can be solved dominate, as the logarithm would, nor those that can't, as l / l_0
-    would; and where training ends matters more than how it begins. The 1e-6 keeps the root
-    differentiable at l = 0. With the root b that a task's best baseline reaches, the root r becomes
-    (r - b) / (1 - b), as P2 (section 3.2) normalises: 1 is the start, 0 as good as the baseline.
+
+def mean(loss, start, progress, best):
+    """The loss itself (P1)."""
+    return loss
+
+
+def normalised(loss, start, progress, best):
+    """1 at the start, 0 where Adam's is best (P2 section 3.2; our reading of its words)."""
+    return (loss / start - best) / (1 - best)
+
+
+def end_root(loss, start, progress, best):
+    """10 (t/T)^4 r, where r is the root of the loss over its start, scaled like `normalised`.
+
+    The root lets neither the tasks that can be solved dominate, as the logarithm would, nor those
+    that can't, as l / l_0 would; and where training ends matters more than how it begins. The 1e-6
+    keeps it differentiable at l = 0.
     """
-    root = jnp.sqrt(loss / start + 1e-6)
-    return 10 * progress ** 4 * ((root - baseline) / (1 - baseline))
+    root, best = jnp.sqrt(loss / start + 1e-6), jnp.sqrt(best)
+    return 10 * progress ** 4 * ((root - best) / (1 - best))
+
+
+# The last is capped where the loss is ten times the start, at the end.
+OUTER_LOSSES = {"mean": OuterLoss(mean, 10.0), "normalised": OuterLoss(normalised, 10.0),
+                "end_root": OuterLoss(end_root, 10 * 10 ** 0.5)}
 
 
 @functools.cache
@@ -392,19 +411,19 @@ def watched(family, target):
     return family._replace(batch=batch)
 
 
-def outer_losses(curves):
-    """Mean capped `outer_loss` of the episodes of `watched` tasks: [n, h, points, 2] -> [n, h]."""
+def outer_losses(curves, outer_loss):
+    """Mean capped OuterLoss of the episodes of `watched` tasks: [n, h, points, 2] -> [n, h]."""
     losses = np.asarray(curves)[..., 1]
     progress = np.linspace(0, 1, losses.shape[2])[None, None, 1:]
-    values = outer_loss(losses[..., 1:], losses[..., :1], progress)
-    return np.fmin(values, CAP).mean(2)  # NaN counts as the cap
+    values = outer_loss.loss(losses[..., 1:], losses[..., :1], progress, 0.0)
+    return np.fmin(values, outer_loss.cap).mean(2)  # NaN counts as the cap
 
 
 def make_pool(family, count, horizon, target):
-    """M = `count` tasks, the same for all seeds -> (keys [M], baselines [M]); None for no tasks.
+    """M = `count` tasks, the same for all seeds -> (keys [M], best [M]); None for no tasks.
 
-    The keys are for `family.sample`, the baselines for `outer_loss`: the share of it that Adam,
-    tuned for each task, is left with; at most 0.9, since P2 caps what such a division gives, too.
+    The keys are for `family.sample`, the best losses of Adam, at any rate and time, over the start,
+    for an OuterLoss; at most 0.8, since P2 caps what such a division gives, too.
     """
     if not count:
         return None
@@ -412,9 +431,9 @@ def make_pool(family, count, horizon, target):
           flush=True)
     keys = random.split(random.key(2 ** 31), count)
     curves = kept_runs(watched(family, target), model.adam, RATES, keys, horizon)["curves"]
-    still = outer_losses(np.ones_like(curves))[:, 0]  # of a task that stays where it began
+    losses = curves[..., 1] / curves[..., :1, 1]
     sampled = jax.vmap(lambda key: random.split(key, 4)[0])(keys)  # as in `run`
-    return sampled, jnp.minimum(outer_losses(curves).min(1) / still, 0.9)
+    return sampled, jnp.minimum(np.nanmin(losses, (1, 2)), 0.8)
 
 
 def lowest(multiples, values):
@@ -440,7 +459,7 @@ def cautious_minimum(multiples, values):
     return np.exp((bottom - 2 * error).clip(x[0], x[-1]))
 
 
-def fit_step_size(learned, theta, families, keys, horizon, target):
+def fit_step_size(learned, theta, families, keys, horizon, target, outer_loss):
     """Theta with the steps of biases, then all, multiplied by what makes the outer loss least.
 
     Along the step size, backprop's slope was seen to disagree with finite differences. Two numbers
@@ -455,7 +474,7 @@ def fit_step_size(learned, theta, families, keys, horizon, target):
             family = watched(family, target)
             found = runs(family, learned.optimizer, variants, keys, horizon)
             curves.append(found["curves"])
-        values = outer_losses(np.concatenate(curves))  # [tasks, multiples]
+        values = outer_losses(np.concatenate(curves), outer_loss)  # [tasks, multiples]
         losses = f"{values.mean(0).round(4)} at {multiples.round(2)} x"
         print(f"{entry}: outer loss {losses}", flush=True)
         multiple = choose(multiples, values)

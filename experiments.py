@@ -7,6 +7,7 @@ their range is shaded. An interval is three such rows: the value, low and high.
 import argparse
 import os
 import timeit
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -26,8 +27,9 @@ import own
 import tasks
 from estimators import InnerProblem
 from evaluate import EVERY, compare
-from meta_train import ESTIMATORS, inner_problem
+from meta_train import inner_problem
 from model import HORIZON
+from settings import ADDITIONS, ESTIMATORS, whole_settings
 
 
 def make(name, problem, truncation, horizon, num_pairs, sigma=0.1, cap=1e6):
@@ -74,9 +76,9 @@ def landscape(seed):
 
     def along(horizon, x):
         problem = inner_problem(tasks.mlp(), learned, "train", horizon)
-        unroll = estimators.make_unroll(problem, horizon, horizon, 10.0)
+        unroll = estimators.make_unroll(problem, horizon, 10.0)
         moved = unravel(theta + (x - 0.5) * direction)
-        return unroll(moved, problem.reset(moved, reset_key), 0, key)[0]
+        return unroll(moved, problem.reset(moved, reset_key), False, None, key)[0]
 
     x = np.linspace(0, 0.99, 2000)
     weights = jax.nn.softmax(-5000 * (x[:, None] - x[None]) ** 2)  # of Gaussian noise, sigma 0.01
@@ -144,7 +146,7 @@ def unroll_variance(seed):
     learned, key = model.per_parameter_mlp(), random.key(seed)
     for length in (1, 10, 50, 200):
         problem = inner_problem(tasks.mlp(), learned, "valid", length)
-        estimator = make("merged", problem, length, length, 16, 0.01, evaluate.CAP)
+        estimator = make("merged", problem, length, length, 16, 0.01, 31.6)
         for rate in (0.01, 0.3):
             theta = learned.init(key) | {"log_lr": jnp.float32(np.log(rate))}
             _, gradients, metrics = descend(estimator, 7, theta, key)
@@ -222,7 +224,7 @@ def progress(seed, runs, clock, looks, cases, **common):
     "steps" or "seconds" -> (line, x, Settings, Run)."""
     for line, options in cases.items():
         for i in range(runs):
-            settings = meta_train.Settings(seed=seed + i, **common, **options)
+            settings = whole_settings(common | options | {"seed": seed + i})
             start, outer_steps = meta_train.make_outer(settings)
             run = start(random.key(settings.seed))
             updates = partial(meta_train.updates, settings, run, outer_steps)
@@ -251,19 +253,34 @@ def ratios(count, seed, *how, **common):
 
 
 def race(seed):
-    """P1's optimizer, learned with each estimator at one outer rate."""
-    cases = {}
-    for name, truncation, n in zip(ESTIMATORS, (100, 20, 100, 20, 50), (2, 8, 2, 8, 2)):
-        cases[name] = dict(estimator=name, truncation=truncation, num_pairs=n,
-                           sigma=0.01 * (name != "truncated_backprop"))
-    return ratios(32, seed, 3, "seconds", (0.1, 1.25, 2.5, 3.75, 5), cases, horizon=100,
-                  optimizer="per_parameter_mlp", learning_rate=3e-3, decay_steps=1e12)
+    """The default optimizer, learned with each estimator, each as it suits that. Three hours."""
+    cases = {name: dict(estimator=name) for name in ESTIMATORS}
+    return ratios(32, seed, 3, "seconds", (60, 120, 240, 480), cases)
+
+
+def ablation(seed, steps=100):
+    """The default without each thing that this project adds. Two hours."""
+    looks = {"mlp": (tasks.mlp("held_out"), HORIZON),
+             "1,200 steps": (tasks.mlp("held_out"), 3 * HORIZON),
+             "wide_and_deep": (kinds.wide_and_deep(), HORIZON),
+             "200 images": (letters(seed, 200), HORIZON)}
+    cases = {"(all)": {}} | {name: {"without": (name,)} for name in ADDITIONS}
+    for name, _, settings, run in progress(seed, 3, "steps", [steps], cases):
+        theta = meta_train.fitted(settings, run.average)
+        for panel, (family, horizon) in looks.items():
+            learned = meta_train.make_learned(replace(settings, horizon=horizon))
+            ends = compare(family, learned, theta, 32, horizon, seed, ADAM).values()
+            adam, mine = (evaluate.best(c[..., 1], evaluate.final_loss) for c in ends)
+            y = np.exp(np.log(np.minimum(mine / adam, 10)).mean())
+            yield f"final test loss / tuned Adam's: {panel}", "without", name, y
 
 
 def architectures(seed):
-    """Every learned optimizer, learned for the same time (P2 figure 2a). 40 minutes."""
-    cases = {name: dict(optimizer=name) for name in model.LEARNED}
-    return ratios(32, seed, 3, "seconds", (60, 120, 180), cases)
+    """The learned optimizers with nothing of ours, learned for the same time (P2 figure 2a), and
+    the default. 40 minutes."""
+    names = "component_lstm", "per_parameter_mlp", "p1", "p2"
+    cases = {name: dict(optimizer=name, without=ADDITIONS) for name in names}
+    return ratios(32, seed, 3, "seconds", (60, 120, 180), cases | {"ours": {}})
 
 
 def num_tasks(seed):
@@ -388,7 +405,8 @@ def wall_clock(seed, path):
 
 # ---------------------------------------------------------------- the command line
 
-STUDIES = landscape, truncation_bias, variance, cost, race, architectures, num_tasks, targets
+STUDIES = (landscape, truncation_bias, variance, cost, race, ablation, architectures, num_tasks,
+           targets)
 BEHAVIOURS = (generalisation, regularisation, adaptation, validation_feature, wall_clock,
               self_training)
 LOGARITHMIC = variance, targets, adaptation

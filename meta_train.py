@@ -10,7 +10,6 @@ import csv
 import dataclasses
 import fcntl
 import functools
-import inspect
 import json
 import os
 import signal
@@ -30,58 +29,9 @@ import machine
 import model
 import tasks
 from evaluate import number
+from settings import (
+    COUNT, NATURAL, POSITIVE, Settings, arguments, make_learned, whole_settings)
 
-COUNT, NATURAL = number(int, 1, 2 ** 31 - 1), number(int, 0, 2 ** 31 - 1)
-STEPS, SOME = number(int, 1, 10 ** 7), number(int, 0, 10 ** 5)  # of what takes memory
-POSITIVE, NOT_NEGATIVE = number(float, 1e-30), number(float, 0)
-ESTIMATORS = "truncated_backprop", "es", "merged", "pes", "combined"
-
-
-def families(text):
-    """An argparse type: names of families, joined by commas, or all -> a tuple."""
-    names = tuple(tasks.FAMILIES) if text == "all" else tuple(text.split(","))
-    if set(names) <= set(tasks.FAMILIES) and len(set(names)) == len(names):
-        return names
-    known = ",".join(tasks.FAMILIES)
-    raise argparse.ArgumentTypeError(f"must be all, or some of {known}, not {text}")
-
-
-def flag(default, why):
-    return dataclasses.field(default=default, metadata={"why": why})
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Every field is a flag: of a type for argparse, or from what there is to choose from. RECIPES
-    holds other defaults for other estimators."""
-    tasks: families = flag(("mlp",), "families it learns from, joined by commas, or all")
-    num_tasks: SOME = flag(0, "tasks of each, against tuned Adam (0: ever new)")
-    optimizer: tuple(model.LEARNED) = flag("hierarchical", "what to meta-train")
-    output: ("anchored", "papers") = flag("anchored", "papers: without what this project adds")
-    estimator: ESTIMATORS = flag("truncated_backprop", "of the meta-gradient")
-    target: tuple(evaluate.TARGETS) = flag("valid", "the loss it is for, held out or training")
-    outer_steps: COUNT = flag(320, "updates of theta in all; a finished run can go on with more")
-    minutes: POSITIVE = flag(7.8, "stop then even if steps are left; counted from each launch")
-    save_seconds: POSITIVE = flag(30.0, "time between two saves")
-    seed: number(int, 1 - 2 ** 31, 2 ** 31 - 1) = flag(0, "of theta, tasks and noise")
-    horizon: STEPS = flag(model.HORIZON, "T, inner steps of an episode")
-    truncation: STEPS = flag(model.HORIZON, "K, inner steps of one unroll; no bias if K = T")
-    num_pairs: number(int, 1, 10 ** 5) = flag(2, "N, antithetic pairs (single ones without noise)")
-    sigma: NOT_NEGATIVE = flag(0.0, "deviation of the noise on theta; 0 for backprop alone")
-    adjoint: POSITIVE = flag(1.0, "largest norm of what backprop sends from step to step")
-    clip: POSITIVE = flag(0.3, "largest norm of one pair's pathwise gradient")
-    learning_rate: POSITIVE = flag(6e-3, "of the outer Adam at its start")
-    decay_steps: POSITIVE = flag(32.0, "outer steps that halve that rate; then like 1 / step")
-    outer_optimizer: str = flag("", "theta.npz of a learned optimizer in the outer Adam's place")
-    fit: SOME = flag(128, "tasks of each family that fit the step size at the end (0: none)")
-    compare: number(int, 4, 10 ** 5) = flag(64, "held-out tasks of each, compared at the end")
-
-
-NOISY = dict(outer_steps=5000, decay_steps=500.0, truncation=20, num_pairs=16, sigma=0.01,
-             learning_rate=1e-3)
-RECIPES = {"es": NOISY, "pes": NOISY, "merged": dict(sigma=0.01),
-           "combined": dict(outer_steps=1000, decay_steps=100.0, truncation=100, num_pairs=4,
-                            sigma=0.01)}
 FREE = "outer_steps", "minutes", "decay_steps", "fit", "compare"  # a resumed run can have others
 PATIENCE = 100  # outer steps in a row that may come to nothing
 
@@ -96,11 +46,12 @@ class Run(NamedTuple):
     smoothed: dict   # running mean of each family's outer loss
 
 
-def inner_problem(family, learned, target, horizon, adjoint=jnp.inf, pool=None):
+def inner_problem(family, learned, target, horizon, adjoint=jnp.inf, pool=None,
+                  outer_loss=evaluate.OUTER_LOSSES["end_root"], outer_batches=1):
     """Training one task of `family` with the learned optimizer, as something to unroll.
 
-    The loss after an inner step is `evaluate.outer_loss` of one batch of the target's split. Each
-    episode has a new task or, with a pool (see `evaluate.make_pool`), one of that.
+    The loss after an inner step is the OuterLoss of `outer_batches` batches of the target's split.
+    Each episode has a new task or, with a pool (see `evaluate.make_pool`), one of that.
     """
     def loss(task, params, batch):
         return family.loss(task, estimators.finite_adjoint(params), batch)
@@ -108,45 +59,39 @@ def inner_problem(family, learned, target, horizon, adjoint=jnp.inf, pool=None):
     finite, split = family._replace(loss=loss), evaluate.TARGETS[target]
 
     def measure(task, inner, key):
-        return loss(task, inner.params, family.batch(task, key, split))
+        def one(key):
+            return loss(task, inner.params, family.batch(task, key, split))
+
+        keys = jnp.stack([key, *random.split(key, outer_batches - 1)])
+        return jnp.mean(machine.over_rows(one, keys))
 
     def reset(theta, key):
         task_key, init_key, batch_key = random.split(key, 3)
-        baseline = jnp.float32(0)
+        best = jnp.float32(0)
         if pool is not None:
-            keys, baselines = pool
+            keys, all_best = pool
             i = random.randint(task_key, (), 0, len(keys))
-            task_key, baseline = keys[i], baselines[i]
+            task_key, best = keys[i], all_best[i]
         task = family.sample(task_key)
         inner = tasks.init_inner(finite, learned.optimizer(theta), task, init_key)
-        return task, inner, measure(task, inner, batch_key), baseline
+        return task, inner, measure(task, inner, batch_key), best
 
     def step(theta, state, key):
-        task, inner, start, baseline = state
+        task, inner, start, best = state
         step_key, batch_key = random.split(key)
         inner = inner._replace(params=estimators.bounded_adjoint(inner.params, adjoint))
         inner = tasks.inner_step(finite, learned.optimizer(theta), task, inner, step_key)
         value, progress = measure(task, inner, batch_key), inner.step / horizon
-        return (task, inner, start, baseline), evaluate.outer_loss(value, start, progress, baseline)
+        return (task, inner, start, best), outer_loss.loss(value, start, progress, best)
 
     return estimators.InnerProblem(reset, step)
-
-
-def arguments(settings):
-    """Of the optimizer to be learned; saved with it."""
-    known = inspect.signature(model.LEARNED[settings.optimizer]).parameters
-    additions = [name for name in model.ADDITIONS if name in known]
-    return {"horizon": settings.horizon} | dict.fromkeys(additions, settings.output != "papers")
-
-
-def make_learned(settings):
-    return model.LEARNED[settings.optimizer](**arguments(settings))
 
 
 def outer_step(settings, estimator, outer, name, run, key):
     """Theta moves once, by an estimate on tasks of that family -> (Run, row of numbers)."""
     key = random.fold_in(key, run.step)
-    gradient, particles, row = estimator.estimate(run.theta, run.particles[name], key)
+    gradient, particles, row = estimator.estimate(
+        run.theta, run.particles[name], key, lengths(settings, run.step, key))
     gradient, unravel = ravel_pytree(gradient)
     theta, average = (ravel_pytree(x)[0] for x in (run.theta, run.average))
     clipped, loss = jnp.clip(gradient, -0.1, 0.1), row["loss"]  # P2: else nothing is learned
@@ -157,12 +102,26 @@ def outer_step(settings, estimator, outer, name, run, key):
         rate = 1.0  # it slows down by itself
     theta = theta + rate * updates
     later = 2 / (run.step + 2)  # weights 1, 2, 3, ...: the noise of single steps averages out
+    if settings.averaging == "last":
+        later = 1.0
     average = average + later * (theta - average)
     before = run.smoothed[name]
     smoothed = jnp.where(jnp.isnan(before), loss, 0.97 * before + 0.03 * loss)
     row = {"step": run.step + 1, "smoothed": smoothed, "gradient": jnp.linalg.norm(gradient)} | row
     return Run(unravel(theta), unravel(average), opt_state, run.particles | {name: particles},
                run.step + 1, run.smoothed | {name: smoothed}), row
+
+
+def lengths(settings, step, key):
+    """Steps of each pair's next unroll, [N]: their mean grows with the outer step (P1's curriculum;
+    P2's two phases), each is drawn within `jitter` of it. None: all are of --truncation."""
+    first, last = min(settings.shortest, settings.truncation), settings.truncation
+    mean = first + (last - first) * jnp.minimum(step / settings.growing, 1)
+    j = settings.jitter
+    if first == last and not j:
+        return None
+    drawn = mean * random.uniform(key, (settings.num_pairs,), minval=1 - j, maxval=1 + j)
+    return jnp.maximum(jnp.round(drawn), 1).astype(int)
 
 
 def in_tensors(optimizer, unravel):
@@ -177,15 +136,19 @@ def in_tensors(optimizer, unravel):
 def make_outer(settings):
     """-> (start(key) -> Run, {family: outer step(run, key)}), jitted, with the pairs shared out."""
     learned, each = make_learned(settings), {}
+    outer_loss = evaluate.OUTER_LOSSES[settings.outer_loss]
+    longest = round(settings.truncation * (1 + settings.jitter))
     for name in settings.tasks:
         family = tasks.FAMILIES[name]()
         pool = evaluate.make_pool(family, settings.num_tasks, settings.horizon, settings.target)
         problem = inner_problem(
-            family, learned, settings.target, settings.horizon, settings.adjoint, pool)
+            family, learned, settings.target, settings.horizon, settings.adjoint, pool, outer_loss,
+            settings.outer_batches)
         each[name] = getattr(estimators, settings.estimator)(
-            problem, num_pairs=settings.num_pairs, truncation=settings.truncation,
-            horizon=settings.horizon, sigma=settings.sigma, cap=evaluate.CAP, clip=settings.clip)
-    outer = model.nadamw(settings.learning_rate, nesterov=False, warmup=10)
+            problem, num_pairs=settings.num_pairs, truncation=min(longest, settings.horizon),
+            horizon=settings.horizon, sigma=settings.sigma, cap=outer_loss.cap, clip=settings.clip)
+    outer = model.nadamw(
+        settings.learning_rate, settings.b1, nesterov=False, warmup=settings.warmup)
     if settings.outer_optimizer:
         mover, its_theta = model.load(settings.outer_optimizer, settings.outer_steps)
         _, unravel = ravel_pytree(learned.init(random.key(0)))
@@ -360,7 +323,7 @@ def parse(parser):
         stored = json.loads(str(arrays.get("settings", "0")))
         if not isinstance(stored, dict) or set(stored) != known or "log" not in arrays:
             raise ValueError(f"{folder} holds no checkpoint of this version of the program.")
-        stored["tasks"] = tuple(stored["tasks"])
+        stored |= {name: tuple(x) for name, x in stored.items() if isinstance(x, list)}
         changed = [name for name in chosen if name not in FREE and chosen[name] != stored[name]]
         if changed:
             raise ValueError(f"{folder} was begun with another {changed[0]}: resume it without "
@@ -368,11 +331,7 @@ def parse(parser):
         chosen = stored | chosen
     elif folder.exists() and not all(x.name.startswith("partial-") for x in folder.iterdir()):
         raise ValueError(f"{folder} is there: choose another --out, or --resume {folder}.")
-    whole = {"truncation": chosen["horizon"]} if "horizon" in chosen else {}
-    settings = Settings(**whole | RECIPES.get(chosen.get("estimator"), {}) | chosen)
-    if settings.horizon % evaluate.EVERY:
-        raise ValueError(f"--horizon must be a multiple of {evaluate.EVERY}.")
-    return settings, folder, arrays, flags
+    return whole_settings(chosen), folder, arrays, flags
 
 
 def check_processes(flags):
@@ -384,17 +343,23 @@ def check_processes(flags):
                          "same for all, and each another --process from 0 to P - 1, or auto alone.")
 
 
+def fitted(settings, theta):
+    """Theta with the step size that `fit` tasks favour, where there is one to fit."""
+    if not settings.fit or "log_bias" not in theta:
+        return theta
+    count = settings.num_tasks + settings.fit
+    keys = random.split(random.key(2 ** 31 + settings.seed), count)[settings.num_tasks:]
+    families = [tasks.FAMILIES[name]() for name in settings.tasks]
+    return evaluate.fit_step_size(
+        make_learned(settings), theta, families, keys, settings.horizon, settings.target,
+        evaluate.OUTER_LOSSES[settings.outer_loss])
+
+
 def finish(settings, folder, run):
     """The fit of the step size; then tables, on screen and in table.json, and pictures."""
     learned, results = make_learned(settings), {}
-    if settings.fit and "log_bias" in run.average:
-        count = settings.num_tasks + settings.fit
-        keys = random.split(random.key(2 ** 31 + settings.seed), count)[settings.num_tasks:]
-        families = [tasks.FAMILIES[name]() for name in settings.tasks]
-        theta = evaluate.fit_step_size(
-            learned, run.average, families, keys, settings.horizon, settings.target)
-        run = run._replace(average=theta)
-        save_theta(settings, folder, run)  # the checkpoint keeps the average to go on from
+    run = run._replace(average=fitted(settings, run.average))
+    save_theta(settings, folder, run)  # the checkpoint keeps the average to go on from
     for name in settings.tasks:
         family = tasks.FAMILIES[name]("held_out")
         curves = evaluate.compare(family, learned, run.average, settings.compare, settings.horizon)

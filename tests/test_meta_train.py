@@ -28,6 +28,7 @@ import machine
 import meta_train
 import model
 import tasks
+from settings import ESTIMATORS
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--tasks", "function,mlp", "--optimizer", "per_parameter_mlp", "--horizon", 20,
@@ -165,7 +166,8 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("arguments, truncation", [
     ("", 400), ("--horizon 40", 40), ("--horizon 40 --truncation 20", 20),
-    ("--horizon 40 --estimator pes", 20)])
+    ("--horizon 40 --estimator pes", 20), ("--recipe p1", 100),
+    ("--recipe p1 --truncation 40", 40), ("--recipe p2 --horizon 80", 40)])
 def test_a_truncation_is_the_horizon_unless_something_else_is_said(
         arguments, truncation, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["meta_train.py", *arguments.split()])
@@ -240,10 +242,12 @@ def test_a_run_that_only_explodes_stops_and_leaves_the_last_good_save(toys, tmp_
 
 
 WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tasks=; --fit -1;
-    --optimizer adam; --output relu; --estimator rtrl; --target test; --seed {10 ** 20}; --clip 0;
+    --optimizer adam; --recipe p3; --without adam; --estimator rtrl; --target test; --clip 0;
+    --seed {10 ** 20};
     --outer-steps many; --outer-steps 0; --outer-steps {2 ** 31}; --minutes -1; --minutes nan;
-    --horizon 30 --truncation 30; --horizon 400 --truncation 300; --estimator pes --sigma 0;
-    --sigma -1; --num-pairs 0; --estimator merged --num-pairs 1; --decay-steps nan; --compare 3;
+    --horizon 30 --truncation 30; --truncation 401; --jitter 1; --shortest 0; --sigma -1;
+    --estimator pes --sigma 0; --num-pairs 0; --estimator merged --num-pairs 1; --compare 3;
+    --decay-steps nan;
     --out small; --out file; --out file/run; --out partial-small;
     --out /proc/run; --resume nowhere; --resume empty;
     --resume damaged; --resume foreign; --resume stranger; --resume=; --resume small --seed 4;
@@ -254,7 +258,7 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --coordinator here:80 --processes 2 --process 2;
     --coordinator here:80 --processes 2 --process -1; --num-tasks {2 ** 31}; --num-tasks -1;
     --num-pairs {2 ** 31 - 1}; --devices 1000000; --horizon 0; --horizon {2 ** 31};
-    --truncation 0; --truncation 7; --save-seconds 0; --adjoint 0; --learning-rate -1""",
+    --truncation 0; --b1 1; --outer-loss root; --save-seconds 0; --adjoint 0; --learning-rate -1""",
          "evaluate": f"""missing.npz; foreign.npz; other.npz; --tasks 3; --tasks 0; --tasks many;
     theta.npz --horizon 30; --nonsense; --family chess; --seed {2 ** 31};
     theta.npz --data missing.npz; theta.npz --data other.npz; theta.npz --data missing.csv;
@@ -296,24 +300,31 @@ def test_wrong_uses_end_in_one_sentence_and_write_nothing(
 
 
 @pytest.mark.parametrize("target, split", [("valid", "outer_valid"), ("train", "train")])
-@pytest.mark.parametrize("b", [0, 0.6])
-def test_the_outer_loss_is_the_root_of_the_relative_loss_and_grows_with_time(target, split, b):
-    """After step 30 of 40, by hand; in new tasks, and in those of a pool with its baselines."""
+@pytest.mark.parametrize("b, name, outer_batches", [
+    (0, "end_root", 1), (0.36, "end_root", 1), (0, "mean", 2), (0.6, "normalised", 3)])
+def test_the_outer_loss_by_hand(target, split, b, name, outer_batches):
+    """After step 30 of 40; in new tasks, and in those of a pool, with Adam's best losses."""
     family, theta, key = bowl(), rates().init(random.key(0)), random.key(2)
     pool = (random.split(random.key(5), 2), jnp.float32([b, b])) if b else None
-    problem = meta_train.inner_problem(family, rates(), target, 40, pool=pool)
+    problem = meta_train.inner_problem(
+        family, rates(), target, 40, np.inf, pool, evaluate.OUTER_LOSSES[name], outer_batches)
+    def mean(task, x, key):
+        keys = [key, *random.split(key, outer_batches - 1)]
+        losses = [family.loss(task, {"x": x}, family.batch(task, k, split)) for k in keys]
+        return sum(losses) / outer_batches
     task, inner, begin, baseline = problem.reset(theta, random.key(1))
     assert not b or any((task == family.sample(key)).all() for key in pool[0])
     last, (step_key, batch_key) = random.split(random.key(1), 3)[2], random.split(key)
-    assert begin == family.loss(task, inner.params, family.batch(task, last, split))
+    np.testing.assert_allclose(begin, mean(task, inner.params["x"], last), rtol=1e-6)
     slope = 2 * task * (inner.params["x"] - family.batch(task, random.split(step_key)[0], "train"))
     x = inner.params["x"] - rate_of(theta) * slope
-    value = jnp.sum(task * (x - family.batch(task, batch_key, split)) ** 2)
+    value = mean(task, x, batch_key)
     state = task, inner._replace(step=jnp.int32(29)), begin, baseline
     (_, after, *_), loss = jax.jit(problem.step)(theta, state, key)
     np.testing.assert_allclose(after.params["x"], x, rtol=1e-5)
-    expected = 10 * 0.75 ** 4 * (np.sqrt(value / begin) - b) / (1 - b)
-    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    root = 10 * 0.75 ** 4 * (np.sqrt(value / begin) - np.sqrt(b)) / (1 - np.sqrt(b))
+    expected = dict(end_root=root, mean=value, normalised=(value / begin - b) / (1 - b))
+    np.testing.assert_allclose(loss, expected[name], rtol=1e-4)
 
 
 def test_batches_that_are_not_finite_leave_the_gradient_of_the_others():
@@ -324,8 +335,8 @@ def test_batches_that_are_not_finite_leave_the_gradient_of_the_others():
                 bowl().batch(task, key, split), jnp.where(random.uniform(key) < 0.2, value, 1.0)),
             loss=lambda task, params, batch: bowl().loss(task, params, batch[0]) * batch[1])
         problem = meta_train.inner_problem(family, rates(), "valid", 20, adjoint=1e9)
-        unroll, key = estimators.make_unroll(problem, 20, 20, evaluate.CAP), random.key(0)
-        return unroll(theta, problem.reset(theta, key), 20, key)[::2]
+        unroll, key = estimators.make_unroll(problem, 20, 31.6), random.key(0)
+        return unroll(theta, problem.reset(theta, key), True, None, key)[::2]
     found = jax.jit(jax.grad(slope, has_aux=True))
     theta = rates().init(random.key(0))
     (broken, capped), (left_out, _) = (found(theta, x) for x in (jnp.nan, 0.0))
@@ -333,7 +344,7 @@ def test_batches_that_are_not_finite_leave_the_gradient_of_the_others():
     assert 0 < capped < 10 and abs(left_out["log_lr"]) > 0.1
 
 
-@pytest.mark.parametrize("name", [*meta_train.ESTIMATORS, "mover"])
+@pytest.mark.parametrize("name", [*ESTIMATORS, "mover"])
 def test_outer_steps_follow_adam_or_a_learned_optimizer_on_the_clipped_gradient(
         name, toys, tmp_path, monkeypatch):
     """Theta, its average (weights 1, 2, 3, 4) and the running mean of the loss, by hand."""
@@ -341,9 +352,10 @@ def test_outer_steps_follow_adam_or_a_learned_optimizer_on_the_clipped_gradient(
     model.save(tmp_path / "mover.npz", "per_parameter_mlp", dict.fromkeys(
         ("log_lr", "log_bias"), jnp.float32(0)))
     name = "es" if mover else name
+    b1, warmup, averaging = (0.5, 1, "last") if name == "merged" else (0.9, 10, "later")
     settings = dataclasses.replace(
         SETTINGS, tasks=("function",), estimator=name, sigma=0.01, decay_steps=5.0,
-        outer_optimizer=mover)
+        outer_optimizer=mover, b1=b1, warmup=warmup, averaging=averaging)
     plain = getattr(estimators, name)
     def telling(*problem, **options):  # the gradient itself, not its norm alone
         init, estimate = plain(*problem, **options)
@@ -360,16 +372,27 @@ def test_outer_steps_follow_adam_or_a_learned_optimizer_on_the_clipped_gradient(
         run, row = steps["function"](run, random.key(1))
         np.testing.assert_allclose(row["gradient"], np.linalg.norm(flat(row)), rtol=1e-5)
         g = flat(row).clip(-0.1, 0.1)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g ** 2
-        adam = m / (1 - 0.9 ** (t + 1)) / np.sqrt(v / (1 - 0.999 ** (t + 1)))
-        rate = settings.learning_rate * (t + 1) / 10 / (1 + t / settings.decay_steps)
+        m, v = b1 * m + (1 - b1) * g, 0.999 * v + 0.001 * g ** 2
+        adam = m / (1 - b1 ** (t + 1)) / np.sqrt(v / (1 - 0.999 ** (t + 1)))
+        rate = settings.learning_rate * min((t + 1) / warmup, 1) / (1 + t / settings.decay_steps)
         x = x - (g if mover else rate * adam)
         np.testing.assert_allclose(flat(run.theta), x, atol=2e-6)
         losses, seen = [*losses, row["loss"]], [*seen, x]
-    np.testing.assert_allclose(flat(run.average), np.average(seen, 0, [1, 2, 3, 4]), atol=2e-6)
+    counts = [0, 0, 0, 1] if averaging == "last" else [1, 2, 3, 4]
+    np.testing.assert_allclose(flat(run.average), np.average(seen, 0, counts), atol=2e-6)
     smoothed = functools.reduce(lambda mean, loss: 0.97 * mean + 0.03 * loss, losses)
     np.testing.assert_allclose(run.smoothed["function"], smoothed, rtol=1e-5)
     assert run.step == row["step"] == 4 and len(set(map(float, losses))) == 4
+
+
+@pytest.mark.parametrize("step, middle", [(0, 200), (50, 500), (100, 800), (1000, 800)])
+def test_unrolls_grow_and_are_drawn_around_their_mean(step, middle):
+    settings = dataclasses.replace(
+        SETTINGS, num_pairs=4000, truncation=800, shortest=200, growing=100, jitter=0.2)
+    found = meta_train.lengths(settings, jnp.int32(step), random.key(0))
+    assert 0.8 * middle <= found.min() < 0.82 * middle < 1.18 * middle < found.max() <= 1.2 * middle
+    np.testing.assert_allclose(found.mean(), middle, rtol=0.01)
+    assert meta_train.lengths(SETTINGS, jnp.int32(step), random.key(0)) is None
 
 
 def test_the_fit_meets_no_task_of_the_pool(monkeypatch):

@@ -55,15 +55,16 @@ def check(make, theta, rule, steps=8, names=SHAPES, losses=()):
             close(updates[k][t], rule(np.float64(grads[k][:t + 1]), np.float64(path[k][t])), 1e-4)
 
 
-def filled(learned, **given):
-    """Meta-parameters of which none is special; and in float64, with weights as layers use them."""
+def filled(learned, unit=True, **given):
+    """Meta-parameters of which none is special; and in float64, with weights as layers use them,
+    who may be stored at size 1."""
     rng, shapes = np.random.default_rng(0), jax.eval_shape(learned.init, jax.random.key(0))
     theta, inside = {}, {}
     for k, x in shapes.items():
         layer = k.endswith("/w") and k != "step/w"
         theta[k] = np.float32(given.get(k, (0.9 if layer else 0.3) * rng.standard_normal(x.shape)))
         inside[k] = np.float64(theta[k]) / (np.sqrt(len(theta[k])) if layer else 1)
-    return theta, inside
+    return theta if unit else {k: np.float32(x) for k, x in inside.items()}, inside
 
 
 def total(x, decay):
@@ -125,10 +126,11 @@ def seen(gs, w, rms=True):
     return m, v, adams, np.concatenate([[gs[-1], w], m, m / np.sqrt(rms * v + 1e-6)])
 
 
-def mlp(T, layers, x, v, shared):
+def mlp(T, layers, x, v, shared, live=True):
     """-> (last layer, normalised features): what never had a gradient is not part of the mean."""
-    power = x ** 2 @ (v[3] > 0) / (np.sum(v[3] > 0) + 1e-8)
-    x = np.clip(x / np.sqrt(1e-5 + power)[:, None], -5, 5)
+    power = x ** 2 @ (v[3] > 0) / (np.sum(v[3] > 0) + 1e-8) if live else average(x ** 2)
+    x = x / np.sqrt(1e-5 + power)[:, None]
+    x = np.clip(x, -5, 5) if live else x
     h = np.concatenate([x, np.tile(shared[:, None], x.shape[1])])
     for i in range(layers):
         h = np.maximum(T[f"mlp{i}/w"].T @ h + T[f"mlp{i}/b"][:, None], 0)
@@ -152,23 +154,23 @@ def pace(T, t, horizon, shape, shapes):
 
 
 @pytest.mark.parametrize("options, names", [
-    (dict(anchored=False, layers=2, rms=False, horizon=6400), SHAPES),
+    (dict(without=model.ADDITIONS, layers=2, rms=False, horizon=6400), SHAPES),
     (dict(horizon=6400, layers=2), SHAPES), (dict(horizon=5), SHAPES),
-    (dict(paced=False, horizon=5), ("matrix", "vector")),
+    (dict(without=("paces",), horizon=5), ("matrix", "vector")),
     (dict(horizon=5), ("scalar", "vector"))])  # without weights nothing is a bias
 def test_per_parameter_mlp(options, names):
     """P1's own, without g^2 as in its code; and ours."""
     learned, horizon = model.per_parameter_mlp(units=8, **options), options["horizon"]
-    theta, T = filled(learned, log_lr=-3)
-    anchored, paced = (options.get(k, "anchored" not in options) for k in ("anchored", "paced"))
+    on = set(model.ADDITIONS) - set(options.get("without", ()))
+    theta, T = filled(learned, "unit_weights" in on, log_lr=-3)
 
     def rule(gs, w):
         t = len(gs)
         m, v, adams, x = seen(gs.reshape(t, -1), w.ravel(), options.get("rms", True))
-        times = np.tanh(min(t, horizon) * 400 / horizon / TIMES - 1)
-        h, x = mlp(T, options.get("layers", 1), x, v, times)
-        slow = pace(T, t, horizon, w.shape, [SHAPES[k] for k in names]) if paced else 1
-        return step(T, anchored, h, x, adams[1], slow, np.zeros(13)).reshape(w.shape)
+        times = np.tanh((min(t, horizon) * 400 / horizon if on else t - 1) / TIMES - 1)
+        h, x = mlp(T, options.get("layers", 1), x, v, times, "live_features" in on)
+        slow = pace(T, t, horizon, w.shape, [SHAPES[k] for k in names]) if "paces" in on else 1
+        return step(T, "anchored_step" in on, h, x, adams[1], slow, np.zeros(13)).reshape(w.shape)
 
     check(learned.optimizer, theta, rule, names=names)
 
@@ -182,7 +184,7 @@ def lstm(T, name, x, h, c):
 
 def test_component_lstm():
     learned = model.component_lstm(units=3)
-    theta, T = filled(learned)
+    theta, T = filled(learned, unit=False)
 
     def rule(gs, w):
         state = np.zeros((2, 2, *w.shape, 3))
@@ -236,18 +238,20 @@ def hierarchical(T, on, horizon, grads, path, losses):
     past, shapes = {k: [] for k in grads[0]}, {k: SHAPES[k] for k in grads[0]}
     h, c, feedback = ({k: T[f"initial/{x}"] for k in shapes} for x in ("h", "c", "feedback"))
     context, rate, size = T["initial/context"], *[np.exp(T["clip/log_rate"])] * 2
+    decay, signals = 0.8 if "relative_time" in on else 0.95, "signal_to_noise" in on
     for t, (gs, ws) in enumerate(zip(grads, path), 1):
         limit = np.exp(T["clip/log_multiple"]) * size / (1 - (1 - rate) ** t)
         gs = {k: np.clip(np.nan_to_num(g), -limit, limit) for k, g in gs.items()}
         power = np.mean([average(g * g) for g in gs.values()])
         size = (1 - rate) * size + rate * np.sqrt(1e-8 + power)
         train, valid = (np.array([*heard(x[:t])]) for x in losses)
-        bias, smooth = 1 - 0.9 ** len(train), 0.2 * total(valid, 0.8) / (1 - 0.8 ** len(valid))
+        bias, smooth = 1 - 0.9 ** len(train), total(valid, decay) / total(1 + 0 * valid, decay)
         means = [0.1 * total(train[:i], 0.9) for i in range(1, len(train) + 1)]
         spread = np.sqrt(0.1 * total((means - train) ** 2, 0.9) / bias + 1e-8)
         surprises = np.array([losses[0, t - 1], smooth]) - means[-1] / bias
         surprises = np.nan_to_num(np.clip(surprises / spread, -5, 5))
         clock, updates, told = min(t, horizon) * 400 / horizon, {}, []
+        clock = clock if "relative_time" in on else t - 1
         for k, shape in shapes.items():
             past[k], w = [*past[k], gs[k]], ws[k]
             m, v, adams, odd = seen(np.array(past[k]), w)
@@ -260,23 +264,23 @@ def hierarchical(T, on, horizon, grads, path, losses):
             rest = 5 * average((v[3] > 0) & (gs[k] == 0)) / real
             x = [*np.clip(np.log(1e-8 + np.abs(known)), -5, 5), *np.sign(means), -1 if shape else 1,
                  *(np.log([max(n, 1) for n in (*shape, 1, 1, 1, 1)[:4]]) - 1),
-                 *([*signal / 10, rest] if "signal" in on else []),
+                 *([*signal / 10, rest] if signals else []),
                  *surprises, *context, *feedback[k]]
-            if t <= horizon:
+            if t <= horizon or "relative_time" not in on:
                 h[k], c[k] = lstm(T, "lstm", x, h[k], c[k])
             told.append(h[k] @ T["context/w"] + T["context/b"])
-            odd = [*odd, by_svd(m[0] + m[1], shape)] if "matrix" in on else odd
+            odd = [*odd, by_svd(m[0] + m[1], shape)] if "orthogonal_momentum" in on else odd
             shared = np.array([
                 *(h[k] @ T["condition/w"] + T["condition/b"]), np.log(len(shapes)) - 1,
                 np.log(w @ w + 1e-8) / 2, np.log(max(len(w), 1)), *np.sin(clock / (np.pi * SINES))])
             features = np.array([*odd, np.log(np.abs(w) + 1e-8), *v, *1 / np.sqrt(v + 1e-6)])
-            hidden, features = mlp(T, 2, features, v, shared)
+            hidden, features = mlp(T, 2, features, v, shared, "live_features" in on)
             feedback[k] = average(hidden) @ T["feedback/w"] + T["feedback/b"]
             cues = [*h[k], *np.tanh(clock / TIMES[1:7] - 1), *surprises]
-            cues += [*signal, rest] if "signal" in on else []
-            steer = cues @ T["steer"] if {"anchored", "steered"} <= on else np.zeros(1 + len(odd))
-            slow = pace(T, t, horizon, shape, shapes.values()) if {"anchored", "paced"} <= on else 1
-            updates[k] = step(T, "anchored" in on, hidden, features, adams[1], slow, steer)
+            cues += [*signal, rest] if signals else []
+            steer = cues @ T["steer"] if "steer" in T else np.zeros(1 + len(odd))
+            slow = pace(T, t, horizon, shape, shapes.values()) if "log_bias" in T else 1
+            updates[k] = step(T, "anchored_step" in on, hidden, features, adams[1], slow, steer)
         context = np.mean(told, 0)
         yield updates
 
@@ -289,8 +293,9 @@ LOSSES = np.float32([[1, 0.9, 1.2, NAN, np.inf, 0.7, 0.7, 0.6], [2, 1, NAN, 1.2,
 @pytest.mark.parametrize("off", [(), model.ADDITIONS, *((name,) for name in model.ADDITIONS)])
 def test_the_hierarchical_optimizer_and_what_can_be_left_out(off):
     """Without all it is P2's. Gradients are clipped, or not finite; so are losses; one rises."""
-    learned = SMALL(**dict.fromkeys(off, False))
-    theta, T = filled(learned, log_lr=-3, **{"clip/log_multiple": -1})
+    learned = SMALL(without=off)
+    theta, T = filled(learned, "unit_weights" not in off, log_lr=-3, **{"clip/log_multiple": -1})
+    assert ("steer" in T) == (not {"anchored_step", "steering"} & set(off))
     names = SHAPES if len(off) != 1 else ("matrix", "scalar", "vector")
     params, grads = drawn(names)
     grads["vector"][3, :3] = NAN, np.inf, -np.inf
@@ -298,11 +303,43 @@ def test_the_hierarchical_optimizer_and_what_can_be_left_out(off):
     updates, path, grads = ([{k: np.float64(x[t].ravel()) for k, x in y.items()} for t in range(8)]
                             for y in (*found, grads))
     wanted = hierarchical(T, set(model.ADDITIONS) - set(off), 5, grads, path, LOSSES)
-    if "returning" not in off:
+    if "going_back" not in off:
         wanted = going_back(wanted, path, LOSSES[1])
     for mine, theirs in zip(updates, wanted):
-        for k in names:
-            close(mine[k], theirs[k], 1e-3)
+        close(*(np.concatenate([x[k] for k in names]) for x in (mine, theirs)), 1e-3)
+
+
+def rearranged(w, order, wanted):
+    """The rows of w, which are in an `order` {name: how many}, as `wanted`."""
+    parts = dict(zip(order, np.split(w, np.cumsum([*order.values()])[:-1])))
+    return np.concatenate([parts[name] for name in wanted.split()])
+
+
+def test_p2_is_the_authors_own():
+    """Their library's RNNMLPLOpt (google/learned_optimization, commit 32186aa) made these updates
+    in 40 steps; it doesn't bound features, and validation losses don't count as steps here."""
+    told = machine.read_npz(os.path.join(ROOT, "tests", "rnn_mlp_lopt.npz"))
+    theirs = {name[6:]: x for name, x in told.items() if name.startswith("theta/")}
+    mlp = dict(g=1, w=1, log_w=1, m=5, v=5, relative=5, rsqrt=5, sines=11, tensors=1, norm=1,
+               count=1, condition=17)
+    rnn = dict(context=18, feedback=16, norm_g=1, scalar=1, m=1, sign_m=1, v=1, sign_v=1, w=1,
+               sign_w=1, norm_w=1, sides=4, losses=2, var_m=1, var_v=1, var_w=1, h=64)
+    theta = {
+        "mlp0/w": rearranged(theirs.pop("mlp0/w"), mlp, "g w m relative log_w v rsqrt condition "
+                                                        "tensors norm count sines"),
+        "lstm/w": rearranged(theirs.pop("lstm/w"), rnn, "m v w var_m var_v var_w norm_w norm_g "
+                             "sign_m sign_v sign_w scalar sides losses context feedback h"),
+        "clip/log_multiple": np.log(np.float32(10)), "clip/log_rate": np.log(np.float32(0.01))}
+    for kind in ("w", "b"):
+        out = theirs.pop(f"mlp2/{kind}")
+        theta[f"step/{kind}"], theta[f"feedback/{kind}"] = np.split(out, [2], -1)
+    params, grads, wanted = ({name[-1]: x for name, x in told.items() if name.startswith(kind)}
+                             for kind in ("params", "gradients", "updates"))
+    losses = told["losses"], told["valid_losses"]
+    learned = model.p2(form=model.Form())
+    updates, _ = run(learned.optimizer, theta | theirs, params, (grads, losses))
+    for k, found in updates.items():
+        close(found, wanted[k], 1e-3)
 
 
 def test_when_it_is_time_to_go_back():
@@ -372,7 +409,8 @@ def test_any_structure_vmap_and_grad():
 @pytest.mark.parametrize("kind, most", [("muon", 1e-5), ("p1", 1e-4), ("hierarchical", 0.4)])
 def test_what_padding_changes(kind, most):
     """Nothing; but what is known of a whole tensor is diluted, and so are our steps, a little."""
-    learned = LEARNED[0] if kind == "hierarchical" else model.per_parameter_mlp(8, anchored=False)
+    mlp = model.per_parameter_mlp(8, without=("anchored_step",))
+    learned = LEARNED[0] if kind == "hierarchical" else mlp
     theta = {k: 0.1 * x for k, x in filled(learned)[0].items()}
     make = (lambda _: model.muon(0.01)) if kind == "muon" else learned.optimizer
     params, grads = drawn()[0]["matrix"][2:], drawn()[1]["matrix"][:, 2:]

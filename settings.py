@@ -1,0 +1,115 @@
+"""What can be chosen in meta-training, and recipes: the papers' systems, and ours."""
+import argparse
+import dataclasses
+
+import numpy as np
+
+import evaluate
+import model
+import tasks
+from evaluate import number
+
+COUNT, NATURAL = number(int, 1, 2 ** 31 - 1), number(int, 0, 2 ** 31 - 1)
+STEPS, SOME = number(int, 1, 10 ** 7), number(int, 0, 10 ** 5)  # of what takes memory
+POSITIVE, NOT_NEGATIVE = number(float, 1e-30), number(float, 0)
+ESTIMATORS = "truncated_backprop", "es", "merged", "pes", "combined"
+
+
+def some_of(known):
+    """An argparse type: names among the known, joined by commas, or all -> a tuple."""
+    def parse(text):
+        names = tuple(known) if text == "all" else tuple(text.split(","))
+        if set(names) <= set(known) and len(set(names)) == len(names):
+            return names
+        raise argparse.ArgumentTypeError(f"must be all, or some of {','.join(known)}, not {text}")
+    return parse
+
+
+FAMILIES = some_of(tasks.FAMILIES)
+
+
+# ---------------------------------------------------------------- recipes
+
+ALONE = dict(adjoint=np.inf, clip=np.inf)  # backprop as it comes
+LEFT_OUT = {  # additions of this project to the training, and what leaves them out
+    "bounded_adjoint": ALONE, "falling_rate": dict(warmup=1, decay_steps=np.inf),
+    "averaging": dict(averaging="last"), "end_root": dict(outer_loss="mean"), "fit": dict(fit=0)}
+ADDITIONS = (*model.ADDITIONS, *LEFT_OUT)
+NOISY = dict(outer_steps=5000, decay_steps=500.0, truncation=20, num_pairs=16, sigma=0.01,
+             learning_rate=1e-3)
+SUITED = {"es": NOISY, "pes": NOISY, "merged": dict(sigma=0.01),  # to each estimator
+          "combined": dict(outer_steps=1000, decay_steps=100.0, truncation=100, num_pairs=4,
+                           sigma=0.01)}
+RECIPES = {  # whole systems: the papers', as far as ten minutes reach, and ours
+    "ours": {},
+    "p1": dict(optimizer="p1", without=ADDITIONS, estimator="merged", sigma=0.01, num_pairs=8,
+               truncation=100, shortest=20, growing=200, jitter=0.2, outer_batches=5, b1=0.5,
+               learning_rate=3e-3, outer_steps=10 ** 5),
+    "p2": dict(optimizer="p2", without=ADDITIONS, estimator="es", sigma=0.01, num_pairs=16,
+               truncation=40, jitter=0.2, outer_batches=5, num_tasks=256, outer_loss="normalised",
+               learning_rate=3e-3, outer_steps=10 ** 5)}
+
+
+def flag(default, why):
+    return dataclasses.field(default=default, metadata={"why": why})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every field is a flag: of a type for argparse, or from what there is to choose from. Where
+    nothing is said a recipe counts, then what is left out, then what suits an estimator."""
+    recipe: tuple(RECIPES) = flag("ours", "whose system: all that follows, where nothing is said")
+    without: some_of(ADDITIONS) = flag((), "of what this project adds, names with commas, or all")
+    tasks: FAMILIES = flag(("mlp",), "families, joined by commas, or all")
+    num_tasks: SOME = flag(0, "tasks of each, against tuned Adam (0: ever new)")
+    optimizer: tuple(model.LEARNED) = flag("hierarchical", "what to meta-train")
+    estimator: ESTIMATORS = flag("truncated_backprop", "of the meta-gradient")
+    target: tuple(evaluate.TARGETS) = flag("valid", "the loss it is for, held out or training")
+    outer_loss: tuple(evaluate.OUTER_LOSSES) = flag("end_root", "what a loss counts")
+    outer_batches: number(int, 1, 1000) = flag(1, "batches of it after each inner step")
+    outer_steps: COUNT = flag(320, "updates of theta in all; a finished run can go on with more")
+    minutes: POSITIVE = flag(7.8, "stop then even if steps are left; counted from each launch")
+    save_seconds: POSITIVE = flag(30.0, "time between two saves")
+    seed: number(int, 1 - 2 ** 31, 2 ** 31 - 1) = flag(0, "of theta, tasks and noise")
+    horizon: STEPS = flag(model.HORIZON, "T, inner steps of an episode")
+    truncation: STEPS = flag(model.HORIZON, "K, inner steps of one unroll; no bias if K = T")
+    shortest: STEPS = flag(10 ** 7, "K at first, if that is less; it grows to --truncation")
+    growing: COUNT = flag(1000, "outer steps in which it grows")
+    jitter: number(float, 0, 0.9) = flag(0.0, "each K is drawn, within this share of it")
+    num_pairs: number(int, 1, 10 ** 5) = flag(2, "N, antithetic pairs (single ones without noise)")
+    sigma: NOT_NEGATIVE = flag(0.0, "deviation of the noise on theta; 0 for backprop alone")
+    adjoint: POSITIVE = flag(1.0, "largest norm of what backprop sends from step to step")
+    clip: POSITIVE = flag(0.3, "largest norm of one pair's pathwise gradient")
+    learning_rate: POSITIVE = flag(6e-3, "of the outer Adam at its start")
+    b1: number(float, 0, 0.999) = flag(0.9, "of the outer Adam, the decay of its momentum")
+    warmup: COUNT = flag(10, "outer steps in which its rate rises")
+    decay_steps: POSITIVE = flag(32.0, "outer steps that halve that rate; then like 1 / step")
+    averaging: ("later", "last") = flag("later", "of theta; the later ones count more, or all")
+    outer_optimizer: str = flag("", "theta.npz of a learned optimizer in the outer Adam's place")
+    fit: SOME = flag(128, "tasks of each family that fit the step size at the end (0: none)")
+    compare: number(int, 4, 10 ** 5) = flag(64, "held-out tasks of each, compared at the end")
+
+
+def whole_settings(chosen):
+    """The Settings in which some were chosen. ValueError if they don't go together."""
+    wanted = RECIPES[chosen.get("recipe", "ours")] | chosen
+    whole = {"truncation": wanted["horizon"]} if "horizon" in wanted else {}
+    others = whole | SUITED.get(wanted.get("estimator"), {})
+    for name in wanted.get("without", ()):
+        others |= LEFT_OUT.get(name, {})
+    settings = Settings(**others | wanted)
+    if settings.horizon % evaluate.EVERY:
+        raise ValueError(f"--horizon must be a multiple of {evaluate.EVERY}.")
+    if settings.truncation > settings.horizon:
+        raise ValueError("--truncation can't be more than --horizon.")
+    return settings
+
+
+def arguments(settings):
+    """Of the optimizer to be learned; saved with it."""
+    without = tuple(name for name in model.ADDITIONS if name in settings.without)
+    return model.known(settings.optimizer, horizon=settings.horizon, without=without)
+
+
+def make_learned(settings):
+    return model.LEARNED[settings.optimizer](**arguments(settings))
