@@ -54,10 +54,9 @@ class Particles(NamedTuple):
 
 def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma, cap=10.0,
               clip=jnp.inf, floor=1e-30):
-    """The formula above. `weight`: w is 0, 1, or from the "sample" itself (P1), or "running", from
-    earlier ones, see `weights`. `history`: whether earlier truncations are kept, and so whether
-    each sign lives its own trajectory. `floor` is added to variances. ValueError for what can't
-    work.
+    """The formula above; ValueError for what can't work. `weight`: w is 0, 1, or from the "sample"
+    itself (P1), or "running", from earlier ones, see `weights`; `floor` is added to variances.
+    `history`: whether earlier truncations are kept, and so each sign lives its own trajectory.
 
     A loss that is not finite, or not below `cap`, counts as `cap`. Each pair's rp is scaled to a
     norm of at most `clip`, or dropped if not finite. What w rp explains of dL tells nothing of the
@@ -212,24 +211,3 @@ def clip_norm(gradient, clip):
     good = jnp.isfinite(norm)
     scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30))
     return unravel(jnp.where(good, scale * flat, 0.0)), (~good).astype(int)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def bounded_adjoint(x, bound):
-    """x itself; but what backprop sends back has a norm of at most `bound`, lest it grow from step
-    to step (P1 section 2.3). A finished gradient is clipped too late: what exploded drowned it."""
-    return x
-
-
-bounded_adjoint.defvjp(lambda x, bound: (x, None), lambda bound, _, g: (clip_norm(g, bound)[0],))
-
-
-@jax.custom_vjp
-def finite_adjoint(x):
-    """x itself; but what backprop sends back, at any order, is 0 where it is not finite."""
-    return x
-
-
-finite_adjoint.defvjp(
-    lambda x: (finite_adjoint(x), None),
-    lambda _, g: (tree.map(lambda x: jnp.nan_to_num(x, posinf=0, neginf=0), g),))

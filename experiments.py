@@ -29,7 +29,7 @@ from estimators import InnerProblem
 from evaluate import EVERY, compare
 from meta_train import inner_problem
 from model import HORIZON
-from settings import ADDITIONS, ESTIMATORS, whole_settings
+from settings import ADDITIONS, ESTIMATORS, Settings, whole_settings
 
 
 def make(name, problem, truncation, horizon, num_pairs, sigma=0.1, cap=1e6):
@@ -75,7 +75,8 @@ def landscape(seed):
     direction = random.normal(direction_key, theta.shape)
 
     def along(horizon, x):
-        problem = inner_problem(tasks.mlp(), learned, "train", horizon)
+        settings = Settings(target="train", horizon=horizon, adjoint=np.inf)
+        problem = inner_problem(settings, tasks.mlp(), learned)
         unroll = estimators.make_unroll(problem, horizon, 10.0)
         moved = unravel(theta + (x - 0.5) * direction)
         return unroll(moved, problem.reset(moved, reset_key), False, None, key)[0]
@@ -145,8 +146,10 @@ def unroll_variance(seed):
     size that suits the tasks, and at one that is far too large (P1 figure 4)."""
     learned, key = model.per_parameter_mlp(), random.key(seed)
     for length in (1, 10, 50, 200):
-        problem = inner_problem(tasks.mlp(), learned, "valid", length)
-        estimator = make("merged", problem, length, length, 16, 0.01, 31.6)
+        settings = Settings(horizon=length, adjoint=np.inf)
+        problem = inner_problem(settings, tasks.mlp(), learned)
+        cap = evaluate.OUTER_LOSSES[settings.outer_loss].cap
+        estimator = make("merged", problem, length, length, 16, 0.01, cap)
         for rate in (0.01, 0.3):
             theta = learned.init(key) | {"log_lr": jnp.float32(np.log(rate))}
             _, gradients, metrics = descend(estimator, 7, theta, key)
@@ -208,7 +211,7 @@ def cost(seed):
     learned, key = model.hierarchical(), random.key(seed)
     theta = learned.init(key)
     for length in (25, 50, 100, 200, 400):
-        problem = inner_problem(tasks.mlp(), learned, "valid", length, 1.0)
+        problem = inner_problem(Settings(horizon=length), tasks.mlp(), learned)
         for name in ("es", "merged"):
             estimator = make(name, problem, length, length, 2, 0.01)
             given = theta, estimator.init(theta, key), key
@@ -258,18 +261,18 @@ def race(seed):
     return ratios(32, seed, 3, "seconds", (60, 120, 240, 480), cases)
 
 
-def ablation(seed, steps=100):
-    """The default without each thing that this project adds. Two hours."""
+def ablation(seed):
+    """The default without each thing that this project adds: 60 outer steps, then four looks."""
     looks = {"mlp": (tasks.mlp("held_out"), HORIZON),
              "1,200 steps": (tasks.mlp("held_out"), 3 * HORIZON),
              "wide_and_deep": (kinds.wide_and_deep(), HORIZON),
              "200 images": (letters(seed, 200), HORIZON)}
     cases = {"(all)": {}} | {name: {"without": (name,)} for name in ADDITIONS}
-    for name, _, settings, run in progress(seed, 3, "steps", [steps], cases):
+    for name, _, settings, run in progress(seed, 3, "steps", [60], cases):
         theta = meta_train.fitted(settings, run.average)
         for panel, (family, horizon) in looks.items():
             learned = meta_train.make_learned(replace(settings, horizon=horizon))
-            ends = compare(family, learned, theta, 32, horizon, seed, ADAM).values()
+            ends = compare(family, learned, theta, 16, horizon, seed, ADAM).values()
             adam, mine = (evaluate.best(c[..., 1], evaluate.final_loss) for c in ends)
             y = np.exp(np.log(np.minimum(mine / adam, 10)).mean())
             yield f"final test loss / tuned Adam's: {panel}", "without", name, y

@@ -46,23 +46,45 @@ class Run(NamedTuple):
     smoothed: dict   # running mean of each family's outer loss
 
 
-def inner_problem(family, learned, target, horizon, adjoint=jnp.inf, pool=None,
-                  outer_loss=evaluate.OUTER_LOSSES["end_root"], outer_batches=1):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def bounded_adjoint(x, bound):
+    """x itself; but what backprop sends back has a norm of at most `bound`, lest it grow from step
+    to step (P1 section 2.3). A finished gradient is clipped too late: what exploded drowned it."""
+    return x
+
+
+bounded_adjoint.defvjp(
+    lambda x, bound: (x, None), lambda bound, _, g: (estimators.clip_norm(g, bound)[0],))
+
+
+@jax.custom_vjp
+def finite_adjoint(x):
+    """x itself; but what backprop sends back, at any order, is 0 where it is not finite."""
+    return x
+
+
+finite_adjoint.defvjp(
+    lambda x: (finite_adjoint(x), None),
+    lambda _, g: (tree.map(lambda x: jnp.nan_to_num(x, posinf=0, neginf=0), g),))
+
+
+def inner_problem(settings, family, learned, pool=None):
     """Training one task of `family` with the learned optimizer, as something to unroll.
 
-    The loss after an inner step is the OuterLoss of `outer_batches` batches of the target's split.
-    Each episode has a new task or, with a pool (see `evaluate.make_pool`), one of that.
+    The loss after an inner step is the OuterLoss of a few batches of the target's split. Each
+    episode has a new task or, with a pool (see `evaluate.make_pool`), one of that.
     """
     def loss(task, params, batch):
-        return family.loss(task, estimators.finite_adjoint(params), batch)
+        return family.loss(task, finite_adjoint(params), batch)
 
-    finite, split = family._replace(loss=loss), evaluate.TARGETS[target]
+    finite, split = family._replace(loss=loss), evaluate.TARGETS[settings.target]
+    outer_loss = evaluate.OUTER_LOSSES[settings.outer_loss].loss
 
     def measure(task, inner, key):
         def one(key):
             return loss(task, inner.params, family.batch(task, key, split))
 
-        keys = jnp.stack([key, *random.split(key, outer_batches - 1)])
+        keys = jnp.stack([key, *random.split(key, settings.outer_batches - 1)])
         return jnp.mean(machine.over_rows(one, keys))
 
     def reset(theta, key):
@@ -79,10 +101,10 @@ def inner_problem(family, learned, target, horizon, adjoint=jnp.inf, pool=None,
     def step(theta, state, key):
         task, inner, start, best = state
         step_key, batch_key = random.split(key)
-        inner = inner._replace(params=estimators.bounded_adjoint(inner.params, adjoint))
+        inner = inner._replace(params=bounded_adjoint(inner.params, settings.adjoint))
         inner = tasks.inner_step(finite, learned.optimizer(theta), task, inner, step_key)
-        value, progress = measure(task, inner, batch_key), inner.step / horizon
-        return (task, inner, start, best), outer_loss.loss(value, start, progress, best)
+        value, progress = measure(task, inner, batch_key), inner.step / settings.horizon
+        return (task, inner, start, best), outer_loss(value, start, progress, best)
 
     return estimators.InnerProblem(reset, step)
 
@@ -136,17 +158,15 @@ def in_tensors(optimizer, unravel):
 def make_outer(settings):
     """-> (start(key) -> Run, {family: outer step(run, key)}), jitted, with the pairs shared out."""
     learned, each = make_learned(settings), {}
-    outer_loss = evaluate.OUTER_LOSSES[settings.outer_loss]
+    cap = evaluate.OUTER_LOSSES[settings.outer_loss].cap
     longest = round(settings.truncation * (1 + settings.jitter))
     for name in settings.tasks:
         family = tasks.FAMILIES[name]()
         pool = evaluate.make_pool(family, settings.num_tasks, settings.horizon, settings.target)
-        problem = inner_problem(
-            family, learned, settings.target, settings.horizon, settings.adjoint, pool, outer_loss,
-            settings.outer_batches)
+        problem = inner_problem(settings, family, learned, pool)
         each[name] = getattr(estimators, settings.estimator)(
             problem, num_pairs=settings.num_pairs, truncation=min(longest, settings.horizon),
-            horizon=settings.horizon, sigma=settings.sigma, cap=outer_loss.cap, clip=settings.clip)
+            horizon=settings.horizon, sigma=settings.sigma, cap=cap, clip=settings.clip)
     outer = model.nadamw(
         settings.learning_rate, settings.b1, nesterov=False, warmup=settings.warmup)
     if settings.outer_optimizer:

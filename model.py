@@ -49,9 +49,8 @@ def unit_weights(learned):
     """The same with a theta in which all weights of layers are of size 1: so noise on theta and
     steps of theta move what a layer puts out as little in a wide layer as in a narrow one."""
     def scaled(theta, power):
-        layers = [name[:-1] for name in theta if name.endswith("/b")]
-        stored = {f"{layer}w" for layer in layers} - {"step/w"}
-        return theta | {name: theta[name] * len(theta[name]) ** power for name in stored}
+        names = [f"{name[:-2]}/w" for name in theta if name.endswith("/b") and name != "step/b"]
+        return theta | {name: theta[name] * len(theta[name]) ** power for name in names}
 
     return LearnedOptimizer(
         lambda key: scaled(learned.init(key), 0.5),

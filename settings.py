@@ -42,8 +42,8 @@ SUITED = {"es": NOISY, "pes": NOISY, "merged": dict(sigma=0.01),  # to each esti
                            sigma=0.01)}
 RECIPES = {  # whole systems: the papers', as far as ten minutes reach, and ours
     "ours": {},
-    "p1": dict(optimizer="p1", without=ADDITIONS, estimator="merged", sigma=0.01, num_pairs=8,
-               truncation=100, shortest=20, growing=200, jitter=0.2, outer_batches=5, b1=0.5,
+    "p1": dict(optimizer="p1", without=ADDITIONS, estimator="merged", sigma=0.01, num_pairs=4,
+               truncation=200, shortest=50, growing=100, jitter=0.2, outer_batches=5, b1=0.5,
                learning_rate=3e-3, outer_steps=10 ** 5),
     "p2": dict(optimizer="p2", without=ADDITIONS, estimator="es", sigma=0.01, num_pairs=16,
                truncation=40, jitter=0.2, outer_batches=5, num_tasks=256, outer_loss="normalised",

@@ -8,6 +8,7 @@ import pytest
 
 import estimators
 import machine
+import meta_train
 from estimators import InnerProblem
 
 # A linear state, s <- A s + B theta from theta[:2], and the loss |s|^2 / 2 + C s.
@@ -242,7 +243,7 @@ def test_a_bounded_adjoint_is_the_identity_with_a_clipped_gradient():
     x = {"a": jnp.float32([3, 4]), "b": jnp.float32(12)}
     for scale, bound, share in ((1, 14, 1), (1, 6.5, 0.5), (2, 6.5, 0.5), (np.inf, 1, 0)):
         def f(x):
-            x = estimators.bounded_adjoint(x, bound)
+            x = meta_train.bounded_adjoint(x, bound)
             return scale * sum(jnp.sum(y ** 2) / 2 for y in x.values()), x
 
         gradient, found = jax.jit(jax.grad(f, has_aux=True))(x)
@@ -253,7 +254,7 @@ def test_a_bounded_adjoint_is_the_identity_with_a_clipped_gradient():
 
 def test_a_finite_adjoint_is_the_identity_and_drops_what_is_not_finite_at_any_order():
     def f(x, scale):
-        return jnp.sum(scale * estimators.finite_adjoint({"x": x})["x"] ** 3)
+        return jnp.sum(scale * meta_train.finite_adjoint({"x": x})["x"] ** 3)
 
     x, scale = jnp.float32([1, 2, 3]), jnp.float32([1, np.inf, np.nan])
     np.testing.assert_allclose(f(x, jnp.ones(3)), 36)
@@ -264,7 +265,7 @@ def test_a_finite_adjoint_is_the_identity_and_drops_what_is_not_finite_at_any_or
 def test_a_bounded_adjoint_keeps_a_chaotic_unroll_from_drowning_the_gradient():
     """The logistic map doubles small differences at each of 80 steps; theta's own gradient is 1."""
     def step(theta, x, key):
-        x = estimators.bounded_adjoint(x, 1e-2)
+        x = meta_train.bounded_adjoint(x, 1e-2)
         x = (3.99 + 1e-6 * theta["x"]) * x * (1 - x)
         return x, theta["x"] + 1e-3 * x
 

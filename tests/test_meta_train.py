@@ -28,7 +28,7 @@ import machine
 import meta_train
 import model
 import tasks
-from settings import ESTIMATORS
+from settings import ESTIMATORS, Settings
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--tasks", "function,mlp", "--optimizer", "per_parameter_mlp", "--horizon", 20,
@@ -166,7 +166,7 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("arguments, truncation", [
     ("", 400), ("--horizon 40", 40), ("--horizon 40 --truncation 20", 20),
-    ("--horizon 40 --estimator pes", 20), ("--recipe p1", 100),
+    ("--horizon 40 --estimator pes", 20), ("--recipe p1", 200),
     ("--recipe p1 --truncation 40", 40), ("--recipe p2 --horizon 80", 40)])
 def test_a_truncation_is_the_horizon_unless_something_else_is_said(
         arguments, truncation, monkeypatch):
@@ -307,7 +307,8 @@ def test_the_outer_loss_by_hand(target, split, b, name, outer_batches):
     family, theta, key = bowl(), rates().init(random.key(0)), random.key(2)
     pool = (random.split(random.key(5), 2), jnp.float32([b, b])) if b else None
     problem = meta_train.inner_problem(
-        family, rates(), target, 40, np.inf, pool, evaluate.OUTER_LOSSES[name], outer_batches)
+        Settings(target=target, horizon=40, outer_loss=name, outer_batches=outer_batches),
+        family, rates(), pool)
     def mean(task, x, key):
         keys = [key, *random.split(key, outer_batches - 1)]
         losses = [family.loss(task, {"x": x}, family.batch(task, k, split)) for k in keys]
@@ -334,7 +335,7 @@ def test_batches_that_are_not_finite_leave_the_gradient_of_the_others():
             batch=lambda task, key, split: (
                 bowl().batch(task, key, split), jnp.where(random.uniform(key) < 0.2, value, 1.0)),
             loss=lambda task, params, batch: bowl().loss(task, params, batch[0]) * batch[1])
-        problem = meta_train.inner_problem(family, rates(), "valid", 20, adjoint=1e9)
+        problem = meta_train.inner_problem(Settings(horizon=20, adjoint=1e9), family, rates())
         unroll, key = estimators.make_unroll(problem, 20, 31.6), random.key(0)
         return unroll(theta, problem.reset(theta, key), True, None, key)[::2]
     found = jax.jit(jax.grad(slope, has_aux=True))
