@@ -290,12 +290,11 @@ def quartic(horizon):
 
 
 @pytest.mark.parametrize("name, horizon, mean, sd", [
-    ("merged", 10, 63.9, 0.19), ("merged", 50, 88.7, 12.6), ("merged", 100, 44.5, 22.8),
-    ("combined", 100, 71.4, None)])
+    ("merged", 10, 63.9, 0.19), ("merged", 100, 44.5, 22.8), ("combined", 100, 71.4, None)])
 def test_where_its_variance_hides_the_merge_fails_and_a_long_memory_mends_it(
         name, horizon, mean, sd):
     """On P1's quartic, against a NumPy reimplementation and quadrature (the true gradients are
-    63.9, 88.7 and 71.4): over 100 steps backprop mostly sees flat ground."""
+    63.9 and 71.4): over 100 steps backprop mostly sees flat ground."""
     estimator = make(name, quartic(horizon), 128, horizon, horizon, 0.01, cap=1e9)
     found = draws(estimator, {"x": jnp.float32(0.93)}, 250)[0]["x"][50:]
     error = np.std(found) / np.sqrt(len(found))
