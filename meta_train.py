@@ -84,7 +84,8 @@ def inner_problem(settings, family, learned, pool=None):
         def one(key):
             return loss(task, inner.params, family.batch(task, key, split))
 
-        keys = jnp.stack([key, *random.split(key, settings.outer_batches - 1)])
+        n = settings.outer_batches
+        keys = random.split(key, n) if n > 1 else key[None]
         return jnp.mean(machine.over_rows(one, keys))
 
     def reset(theta, key):
@@ -111,9 +112,8 @@ def inner_problem(settings, family, learned, pool=None):
 
 def outer_step(settings, estimator, outer, name, run, key):
     """Theta moves once, by an estimate on tasks of that family -> (Run, row of numbers)."""
-    key = random.fold_in(key, run.step)
-    gradient, particles, row = estimator.estimate(
-        run.theta, run.particles[name], key, lengths(settings, run.step, key))
+    taken, key = lengths(settings, run.step, key), random.fold_in(key, run.step)
+    gradient, particles, row = estimator.estimate(run.theta, run.particles[name], key, taken)
     gradient, unravel = ravel_pytree(gradient)
     theta, average = (ravel_pytree(x)[0] for x in (run.theta, run.average))
     clipped, loss = jnp.clip(gradient, -0.1, 0.1), row["loss"]  # P2: else nothing is learned
@@ -142,6 +142,7 @@ def lengths(settings, step, key):
     j = settings.jitter
     if first == last and not j:
         return None
+    key = random.fold_in(key, step.astype(jnp.uint32) + jnp.uint32(2 ** 31))  # no step is so late
     drawn = mean * random.uniform(key, (settings.num_pairs,), minval=1 - j, maxval=1 + j)
     return jnp.maximum(jnp.round(drawn), 1).astype(int)
 
@@ -378,8 +379,10 @@ def fitted(settings, theta):
 def finish(settings, folder, run):
     """The fit of the step size; then tables, on screen and in table.json, and pictures."""
     learned, results = make_learned(settings), {}
-    run = run._replace(average=fitted(settings, run.average))
-    save_theta(settings, folder, run)  # the checkpoint keeps the average to go on from
+    theta = fitted(settings, run.average)
+    if theta is not run.average:
+        run = run._replace(average=theta)
+        save_theta(settings, folder, run)  # the checkpoint keeps the average to go on from
     for name in settings.tasks:
         family = tasks.FAMILIES[name]("held_out")
         curves = evaluate.compare(family, learned, run.average, settings.compare, settings.horizon)

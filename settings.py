@@ -30,9 +30,9 @@ FAMILIES = some_of(tasks.FAMILIES)
 
 # ---------------------------------------------------------------- recipes
 
-ALONE = dict(adjoint=np.inf, clip=np.inf)  # backprop as it comes
 LEFT_OUT = {  # additions of this project to the training, and what leaves them out
-    "bounded_adjoint": ALONE, "falling_rate": dict(warmup=1, decay_steps=np.inf),
+    "bounded_adjoint": dict(adjoint=np.inf, clip=np.inf),
+    "falling_rate": dict(warmup=1, decay_steps=np.inf),
     "averaging": dict(averaging="last"), "end_root": dict(outer_loss="mean"), "fit": dict(fit=0)}
 ADDITIONS = (*model.ADDITIONS, *LEFT_OUT)
 NOISY = dict(outer_steps=5000, decay_steps=500.0, truncation=20, num_pairs=16, sigma=0.01,

@@ -310,7 +310,7 @@ def test_the_outer_loss_by_hand(target, split, b, name, outer_batches):
         Settings(target=target, horizon=40, outer_loss=name, outer_batches=outer_batches),
         family, rates(), pool)
     def mean(task, x, key):
-        keys = [key, *random.split(key, outer_batches - 1)]
+        keys = random.split(key, outer_batches) if outer_batches > 1 else [key]
         losses = [family.loss(task, {"x": x}, family.batch(task, k, split)) for k in keys]
         return sum(losses) / outer_batches
     task, inner, begin, baseline = problem.reset(theta, random.key(1))
