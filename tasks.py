@@ -151,7 +151,7 @@ def dense(params, name, x):
 def hidden(task, params, name, x, real):
     """A dense layer with the task's activation."""
     x = dense(params, name, x)
-    return masked(real, lax.switch(task["activation"], ACTIVATIONS, x))
+    return masked(real, lax.select_n(task["activation"], *(f(x) for f in ACTIVATIONS)))
 
 
 def patches(x, stride):

@@ -182,6 +182,17 @@ def lstm(T, name, x, h, c):
     return o * np.tanh(c), c
 
 
+@pytest.mark.parametrize("rest", [(7,), (1, 7), (2, 0), (2, 3)])
+def test_a_product_and_its_derivatives(rest):
+    rng = np.random.default_rng(0)
+    w, x, g = (rng.standard_normal(s).astype("f") for s in ((3, 4), (3, *rest), (4, *rest)))
+    found, back = jax.vjp(model.product, w, x)
+    summed = (range(1, x.ndim),) * 2
+    wanted = np.tensordot(w.T, x, 1), np.tensordot(x, g, summed), np.tensordot(w, g, 1)
+    for one, other in zip((found, *back(g)), wanted):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_component_lstm():
     learned = model.component_lstm(units=3)
     theta, T = filled(learned, unit=False)
