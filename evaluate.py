@@ -324,7 +324,7 @@ def picture(path, rows, looks):
         points = panels.setdefault(panel, {}).setdefault(line, {})
         points.setdefault(x, []).append(y)
     n = len(panels) or 1
-    columns = n if n in (1, 2, 5) else 3
+    columns = {1: 1, 2: 2, 4: 2, 5: 5}.get(n, 3)
     down = -(-n // columns)
     figure = Figure((4.5 * columns, 3.6 * down), layout="constrained")
     colors, unused = {"learned": "C3"}, itertools.cycle("012456789")
