@@ -87,7 +87,7 @@ def weights(theta, name, inputs, outputs):
 @jax.custom_vjp
 def matmul(w, x):
     """[inputs, outputs], [inputs, n] -> [outputs, n]. XLA has a fast program for each product here,
-    forward and backward, and would pick others by itself."""
+    forward and backward, and would pick others by itself. No forward-mode derivatives."""
     return lax.optimization_barrier(w.T) @ x
 
 

@@ -149,7 +149,8 @@ def dense(params, name, x):
 
 
 def hidden(task, params, name, x, real):
-    """A dense layer with the task's activation."""
+    """A dense layer with the task's activation; all are computed, for backprop through a branch
+    costs more."""
     x = dense(params, name, x)
     return masked(real, lax.select_n(task["activation"], *(f(x) for f in ACTIVATIONS)))
 
