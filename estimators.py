@@ -59,9 +59,8 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
     `history`: whether earlier truncations are kept, and so each sign lives its own trajectory.
 
     A loss that is not finite, or not below `cap`, counts as `cap`. Each pair's rp is scaled to a
-    norm of at most `clip`, or dropped if not finite. What w rp explains of dL tells nothing of the
-    past, so the history term goes without it (a control variate, after P3's PES-Analytic), which
-    moves the mean by order sigma^2 at most.
+    norm of at most `clip`, dropped if not finite. What w rp explains of dL tells nothing of the
+    past, so history goes without it (after P3's PES-Analytic): a bias of order sigma^2 at most.
     """
     check(weight, num_pairs, truncation, horizon, sigma)
     unroll = make_unroll(problem, truncation, cap)
@@ -84,7 +83,8 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         draw = functools.partial(random.normal, shape=theta.shape, dtype=theta.dtype)
         eps = sigma * jax.vmap(draw)(keys[:, 0])
         ends = t >= horizon
-        xi, t = jnp.where(ends[:, None], 0, xi), jnp.where(ends, t - horizon, t)
+        xi = jnp.where(ends[:, None], 0, xi)
+        t = jnp.where(ends, t - horizon, t)
         whole = lengths is None and horizon % truncation == 0
         taken = jnp.minimum(truncation if lengths is None else lengths, horizon - t)
         pair = functools.partial(run_pair, unroll, unravel, signs, weight != 0, clip)
@@ -194,7 +194,8 @@ def make_unroll(problem, truncation, cap):
             if taken is not None:
                 there = i < taken
                 state = tree.map(functools.partial(jnp.where, there), state, before)
-                loss, capped = jnp.where(there, loss, 0), capped & there
+                loss = jnp.where(there, loss, 0)
+                capped = capped & there
             return state, (loss, capped)
 
         step = jax.checkpoint(step, policy=lambda primitive, *_, **__: "random" in primitive.name)

@@ -29,6 +29,7 @@ from estimators import InnerProblem
 from evaluate import EVERY, compare
 from meta_train import inner_problem
 from model import HORIZON
+from papers import LearnedOptimizer
 from settings import ADDITIONS, ESTIMATORS, Settings, whole_settings
 
 
@@ -92,18 +93,11 @@ def landscape(seed):
 
 # ---------------------------------------------------------------- where truncation leads
 
-def noisy_quadratic():
-    """Adam on 20 curvatures, 0.01 to 1, under gradient noise; theta is the log of its rate."""
-    curvature, start = jnp.logspace(-2, 0, 20), jnp.ones(20)
-
-    def step(theta, state, key):
-        x, adam_state = state
-        gradient = curvature * x + 0.3 * random.normal(key, x.shape)
-        updates, adam_state = model.adam(jnp.exp(theta)).update(gradient, adam_state, x)
-        x = x + updates
-        return (x, adam_state), 0.5 * jnp.vdot(curvature, x * x)
-
-    return InnerProblem(lambda theta, key: (start, model.adam(0.0).init(start)), step)
+def adams_rate(horizon):
+    """Adam on `mlp` tasks; theta is the log of its rate."""
+    learned = LearnedOptimizer(lambda key: 0.0, lambda theta: model.adam(jnp.exp(theta)))
+    settings = Settings(target="train", outer_loss="mean", horizon=horizon, adjoint=np.inf)
+    return inner_problem(settings, tasks.mlp(), learned)
 
 
 def influence_balancing():
@@ -119,20 +113,17 @@ def influence_balancing():
 
 
 def truncation_bias(seed):
-    """Adam's rate, learned from K of T steps (P1 figure 3; three seeds); influence balancing (P3).
-
-    It starts from exp(-2.65), the best of 121 rates on 64 episodes.
-    """
-    problem, balancing, best = noisy_quadratic(), influence_balancing(), np.float32(-2.65)
+    """Where an unroll of K < T steps pushes Adam's rate from about the best (P1 figure 3; over an
+    episode, after a first one; three seeds), and theta in influence balancing (P3)."""
+    problem, balancing = adams_rate(HORIZON), influence_balancing()
+    best = np.float32(np.log(0.025))
     for name in ESTIMATORS:
-        for truncation in (5, 20, 50, 200):
-            estimator = make(name, problem, truncation, 200, 8)
-            count = 20000 // truncation
-            adam = model.nadamw(0.03, nesterov=False, horizon=count)
+        for truncation in (5, 20, 100, HORIZON):
+            estimator, count = make(name, problem, truncation, HORIZON, 16), HORIZON // truncation
             for i in range(3):
-                thetas = descend(estimator, count, best, random.key(seed + i), adam)[0]
-                end = np.exp(thetas[-1])
-                yield "Adam's rate in the end against K (best: 0.07)", name, truncation, end
+                gradients = descend(estimator, 2 * count, best, random.key(seed + i))[1]
+                push = -gradients[count:].mean()
+                yield "push on the log of Adam's rate against K", name, truncation, push
         estimator, sgd = make(name, balancing, 1, 10 ** 7, 500), model.sgd(1e-4)
         thetas = descend(estimator, 3000, np.float32(0.5), random.key(seed), sgd)[0]
         steps, path = np.arange(0, 3000, 100), thetas[::100]
@@ -244,21 +235,24 @@ ADAM = {"Adam": evaluate.BASELINES["Adam"]}
 
 
 def ratios(count, seed, *how, **common):
-    """Rows of `progress`: the mean test loss on held-out tasks over tuned Adam's, at most ten times
-    that; geometric means over `count` tasks."""
+    """Rows of `progress`: the outer loss; and on `count` held-out tasks the mean test loss over
+    tuned Adam's, at most ten times that (geometric mean), and the share where it is lower."""
     for line, x, settings, run in progress(seed, *how, **common):
+        theta = meta_train.fitted(settings, run.average)
         curves = compare(
-            tasks.mlp("held_out"), meta_train.make_learned(settings), run.average, count,
+            tasks.mlp("held_out"), meta_train.make_learned(settings), theta, count,
             settings.horizon, seed, ADAM)
         adam, mine = (evaluate.best(c[..., 1], evaluate.mean_loss) for c in curves.values())
         y = np.exp(np.log(np.minimum(mine / adam, 10)).mean())
+        yield "outer loss, running mean", line, x, run.smoothed["mlp"]
         yield "mean test loss / tuned Adam's", line, x, y
+        yield "share of tasks where it is lower", line, x, (mine < adam).mean()
 
 
 def race(seed):
     """The default optimizer, learned with each estimator, each as it suits that. Three hours."""
     cases = {name: dict(estimator=name) for name in ESTIMATORS}
-    return ratios(32, seed, 3, "seconds", (60, 120, 240, 480), cases)
+    return ratios(32, seed, 3, "seconds", (60, 120, 240, 480), cases, fit=32)
 
 
 def ablation(seed):
@@ -285,13 +279,14 @@ def architectures(seed):
     the default. 40 minutes."""
     names = "component_lstm", "per_parameter_mlp", "p1", "p2"
     cases = {name: dict(optimizer=name, without=ADDITIONS) for name in names}
-    return ratios(32, seed, 3, "seconds", (60, 120, 180), cases | {"ours": {}})
+    cases |= {"ours": dict(fit=32)}
+    return ratios(32, seed, 3, "seconds", (60, 120, 180), cases)
 
 
 def num_tasks(seed):
     """How many tasks to learn from before it is good on others (P2 figure 2b). 15 minutes."""
     cases = {f"{n} tasks": dict(num_tasks=n) for n in (1, 4, 16, 64, 256)}
-    return ratios(64, seed, 2, "steps", (24, 48, 96), cases)
+    return ratios(64, seed, 2, "steps", (24, 48, 96), cases, fit=32)
 
 
 def letters(seed, images=500, **sizes):
@@ -308,13 +303,16 @@ def letters(seed, images=500, **sizes):
 
 def targets(seed):
     """Learned for training or for held-out batches: the test loss where the training loss is the
-    same, on few images (P1). 6 minutes."""
+    same, on few images (P1); beside Adam, at the rate that ends lowest. 6 minutes."""
     cases = {split: {"target": split} for split in evaluate.TARGETS}
     for split, _, settings, run in progress(seed, 3, "steps", [96], cases):
         curves = compare(
-            letters(seed), meta_train.make_learned(settings), run.average, 8, HORIZON, seed, {})
-        train, test = np.median(curves["learned"][:, 0], 0).T
-        yield "test loss against training loss", f"for {split}, seed {settings.seed}", train, test
+            letters(seed), meta_train.make_learned(settings), run.average, 8, HORIZON, seed, ADAM)
+        names = {"learned": f"for {split}, seed {settings.seed}", "Adam": "Adam, tuned"}
+        for name, c in curves.items():
+            setting = c[:, :, -1, 1].mean(0).argmin()
+            train, test = np.median(c[:, setting], 0).T
+            yield "test loss against training loss", names[name], train, test
 
 
 def self_training(seed, path, steps=1200):

@@ -35,11 +35,11 @@ LEFT_OUT = {  # additions of this project to the training, and what leaves them 
     "falling_rate": dict(warmup=1, decay_steps=np.inf),
     "averaging": dict(averaging="last"), "end_root": dict(outer_loss="mean"), "fit": dict(fit=0)}
 ADDITIONS = (*model.ADDITIONS, *LEFT_OUT)
-NOISY = dict(outer_steps=5000, decay_steps=500.0, truncation=20, num_pairs=16, sigma=0.01,
-             learning_rate=1e-3)
-SUITED = {"es": NOISY, "pes": NOISY, "merged": dict(sigma=0.01),  # to each estimator
-          "combined": dict(outer_steps=1000, decay_steps=100.0, truncation=100, num_pairs=4,
-                           sigma=0.01)}
+SUITED = {  # to each estimator: long unrolls, since each earlier truncation adds its noise
+    "es": dict(sigma=0.01, outer_steps=800, decay_steps=200.0),
+    "pes": dict(sigma=0.03, outer_steps=1600, decay_steps=200.0, truncation=200),
+    "merged": dict(sigma=0.01, outer_steps=160),
+    "combined": dict(sigma=0.01, outer_steps=160)}
 RECIPES = {  # whole systems: the papers', as far as ten minutes reach, and ours
     "ours": {},
     "p1": dict(optimizer="p1", without=ADDITIONS, estimator="merged", sigma=0.01, num_pairs=4,
@@ -93,8 +93,8 @@ class Settings:
 def whole_settings(chosen):
     """The Settings in which some were chosen. ValueError if they don't go together."""
     wanted = RECIPES[chosen.get("recipe", "ours")] | chosen
-    whole = {"truncation": wanted["horizon"]} if "horizon" in wanted else {}
-    others = whole | SUITED.get(wanted.get("estimator"), {})
+    suited, horizon = SUITED.get(wanted.get("estimator"), {}), wanted.get("horizon", model.HORIZON)
+    others = suited | {"truncation": min(suited.get("truncation", horizon), horizon)}
     for name in wanted.get("without", ()):
         others |= LEFT_OUT.get(name, {})
     settings = Settings(**others | wanted)
