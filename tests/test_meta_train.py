@@ -166,7 +166,7 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("arguments, truncation", [
     ("", 400), ("--horizon 40", 40), ("--horizon 40 --truncation 20", 20),
-    ("--horizon 40 --estimator pes", 20), ("--recipe p1", 200),
+    ("--estimator pes", 200), ("--horizon 40 --estimator pes", 40), ("--recipe p1", 200),
     ("--recipe p1 --truncation 40", 40), ("--recipe p2 --horizon 80", 40)])
 def test_a_truncation_is_the_horizon_unless_something_else_is_said(
         arguments, truncation, monkeypatch):
