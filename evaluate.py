@@ -337,7 +337,7 @@ def picture(path, rows, looks):
             xs, mark, span = list(points), "-", axis.fill_between
             if isinstance(xs[0], str):
                 mark, span = "o", axis.vlines
-                axis.tick_params(axis="x", labelrotation=60)
+                axis.tick_params(axis="x", labelrotation=90)
             span(xs, low, high, color=color, alpha=0.3)
             width = 2.5 if line == "learned" else 1.2
             axis.plot(xs, middle, mark, color=color, lw=width, label=line)
@@ -441,30 +441,20 @@ def lowest(multiples, values):
     return multiples[values.mean(0).argmin()]
 
 
-def cautious_minimum(multiples, values):
-    """`lowest`, but between the multiples, less two standard errors; within their range.
-
-    Each task has its parabola over the logarithm of the multiple. That its slope differs from task
-    to task makes the lowest point of the mean one uncertain; of what can't be told apart from it,
-    the shortest steps are the safest.
-    """
-    x = np.log(multiples)
-    half_curvatures, slopes, _ = np.polyfit(x, values.T, 2)  # [tasks] each; slopes at x = 0
-    curvatures = 2 * half_curvatures
-    curvature = curvatures.mean()
-    if curvature <= 0:
-        return lowest(multiples, values)
-    bottom = -slopes.mean() / curvature
-    error = (slopes + curvatures * bottom).std() / len(values) ** 0.5 / curvature
-    return np.exp((bottom - 2 * error).clip(x[0], x[-1]))
+def safest(multiples, values):
+    """The smallest multiple whose values [tasks, multiples] can't be told from those at the lowest
+    mean: the mean difference is at most two of its standard errors."""
+    worse = values - values[:, [values.mean(0).argmin()]]
+    error = worse.std(0) / len(values) ** 0.5
+    return multiples[(worse.mean(0) <= 2 * error).argmax()]
 
 
 def fit_step_size(learned, theta, families, keys, horizon, target, outer_loss):
     """Theta with the steps of biases, then all, multiplied by what makes the outer loss least.
 
     Along the step size, backprop's slope was seen to disagree with finite differences. Two numbers
-    need no gradient: five multiples of each are tried on the tasks of keys [n], of each TaskFamily;
-    between them, a parabola of all steps' outer losses tells. Theta needs log_bias and log_lr.
+    need no gradient: five multiples of each are tried on the tasks of keys [n], of each TaskFamily.
+    Of all steps' the safest is taken, see `safest`. Theta needs log_bias and log_lr.
     """
     def fitted(theta, entry, multiples, choose):
         variants = tree.map(lambda x: jnp.stack([x] * len(multiples)), theta)
@@ -481,7 +471,7 @@ def fit_step_size(learned, theta, families, keys, horizon, target, outer_loss):
         return theta | {entry: theta[entry] + jnp.float32(np.log(multiple))}, multiple
 
     theta, bias = fitted(theta, "log_bias", BIASES, lowest)
-    theta, every = fitted(theta, "log_lr", MULTIPLES, cautious_minimum)
+    theta, every = fitted(theta, "log_lr", MULTIPLES, safest)
     print(f"steps of biases multiplied by {bias:.3g}, then all by {every:.3g}")
     return theta
 

@@ -103,15 +103,14 @@ def test_the_bootstrap_against_the_binomial_distribution():
     np.testing.assert_allclose(evaluate.bootstrap(np.arange(400) < 300), interval, atol=0.006)
 
 
-def test_the_fit_is_the_lowest_point_of_a_parabola_less_two_standard_errors():
-    multiples, fit = evaluate.MULTIPLES, evaluate.cautious_minimum
-    x = np.log(multiples)
-    agreed = np.stack([3 + 0.2 * (x - np.log(0.6)) ** 2, 1 + 0.4 * (x - np.log(0.6)) ** 2])
-    np.testing.assert_allclose(fit(multiples, agreed), 0.6)
-    differing = np.stack([0.2 * (x - 0.1) ** 2, 0.2 * (x + 0.3) ** 2])  # -0.1 +- 0.2 / sqrt(2)
-    np.testing.assert_allclose(np.log(fit(multiples, differing)), -0.1 - 2 * 0.2 / np.sqrt(2))
-    assert fit(multiples, (x - 5)[None] ** 2) == multiples[-1]
-    assert fit(multiples, -(x - 0.1)[None] ** 2) == multiples[0]
+def test_the_safest_is_the_smallest_that_cannot_be_told_from_the_lowest():
+    """Here 1 is; 0.5 is worse by 0.1 with a deviation of 0.9: by less than two standard errors of
+    16 tasks, by more of 400. That tasks differ in all alike makes nothing uncertain."""
+    multiples, worse = np.float64([0.25, 0.5, 1, 2]), np.float64([[1, 1, 0, 3], [1, -0.8, 0, 3]])
+    for n, wanted in ((16, 0.5), (400, 1)):
+        values = np.tile(worse, (n // 2, 1)) + 100 * np.arange(n)[:, None]
+        assert evaluate.safest(multiples, values) == wanted
+    assert evaluate.safest(multiples, -multiples[None]) == 2
 
 
 @pytest.mark.parametrize("target, split", [("valid", "outer_valid"), ("train", "train")])
@@ -131,7 +130,7 @@ def test_the_fit_tries_multiples_and_never_looks_at_the_test_split(target, split
     np.testing.assert_allclose(tried[0], [-np.log(2) * np.arange(5), np.zeros(5)], atol=1e-5)
     np.testing.assert_allclose(tried[2], [[quarter] * 5, np.log(evaluate.MULTIPLES)], atol=1e-5)
     found = [fitted[name] - theta[name] for name in ("log_bias", "log_lr")]
-    np.testing.assert_allclose(found, [quarter, -0.2], atol=0.02)
+    np.testing.assert_allclose(found, [quarter, -0.5 * np.log(2)], atol=1e-5)  # and to -0.2
 
 
 def test_the_command_writes_table_and_picture(tmp_path, monkeypatch, capsys):
