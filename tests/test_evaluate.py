@@ -104,10 +104,10 @@ def test_the_bootstrap_against_the_binomial_distribution():
 
 
 def test_the_safest_is_the_smallest_that_cannot_be_told_from_the_lowest():
-    """Here 1 is; 0.5 is worse by 0.1 with a deviation of 0.9: by less than two standard errors of
-    16 tasks, by more of 400. That tasks differ in all alike makes nothing uncertain."""
+    """Here 1 is; 0.5 is worse by 0.1 with a deviation of 0.9: by 1.1 standard errors of 100 tasks,
+    by 2.2 of 400. That tasks differ in all alike makes nothing uncertain."""
     multiples, worse = np.float64([0.25, 0.5, 1, 2]), np.float64([[1, 1, 0, 3], [1, -0.8, 0, 3]])
-    for n, wanted in ((16, 0.5), (400, 1)):
+    for n, wanted in ((100, 0.5), (400, 1)):
         values = np.tile(worse, (n // 2, 1)) + 100 * np.arange(n)[:, None]
         assert evaluate.safest(multiples, values) == wanted
     assert evaluate.safest(multiples, -multiples[None]) == 2
