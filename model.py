@@ -17,10 +17,11 @@ from optimizers import (  # noqa: F401
     Optimizer, adam, careful, going_back, momentum, muon, nadamw, orthogonal, rmsprop, sgd,
     steps_of)
 from papers import (  # noqa: F401
-    B1, B2, DECAYS, Form, LearnedOptimizer, component_lstm, joined, p1, p2, product, tanh_times)
+    DECAYS, Form, LearnedOptimizer, component_lstm, joined, p1, p2, product, tanh_times)
 from tensors import by_shape, each, mean, row, sizes
 
 HORIZON = 400  # steps of a training, where nothing else is said
+B1, B2 = 1, 3  # Adam's two among DECAYS
 
 
 # ---------------------------------------------------------------- what this project adds
@@ -35,14 +36,6 @@ def directions(seen):
 def relative_time(horizon, t):
     """HORIZON steps in any training; then it stands still."""
     return jnp.minimum(t, horizon) * (HORIZON / horizon)
-
-
-def live_power(x, real):
-    """`mean_square` without parameters that never had a gradient (`real` is false: padding, dead
-    units). Backprop takes it as given."""
-    real = real.astype(x.dtype)
-    count = jnp.vecdot(real, real)[None] + 1e-8
-    return jnp.vecdot(lax.stop_gradient(x * x), real[None]) / count
 
 
 def unit_weights(learned):
@@ -149,7 +142,7 @@ def orthogonal_momentum(seen):
 
 
 ADDITIONS = ("anchored_step", "paces", "steering", "signal_to_noise", "orthogonal_momentum",
-             "going_back", "relative_time", "live_features", "unit_weights")
+             "going_back", "relative_time", "unit_weights")
 
 
 def ours(paper, horizon, without, steers=()):
@@ -164,9 +157,8 @@ def ours(paper, horizon, without, steers=()):
         "anchored_step": dict(step=anchored_step(pace, steers)),
         "signal_to_noise": dict(rows=(agreement,), cues=(signals,)),
         "orthogonal_momentum": dict(views=(orthogonal_momentum,)),
-        "relative_time": dict(time=functools.partial(relative_time, horizon), valid_decay=0.8),
-        "live_features": dict(power=live_power, bound=5.0)}
-    form = Form()
+        "relative_time": dict(time=functools.partial(relative_time, horizon), valid_decay=0.8)}
+    form = Form(bound=5.0)
     for name in changes.keys() - {*without}:
         form = form._replace(**changes[name])
     found = paper(form=form)

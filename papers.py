@@ -28,7 +28,6 @@ class LearnedOptimizer(NamedTuple):
 # ---------------------------------------------------------------- what they are made of
 
 DECAYS = np.float32([0.5, 0.9, 0.99, 0.999, 0.9999])[:, None]  # of the averages of g and g^2
-B1, B2 = 1, 3  # Adam's two among them
 TIMES = np.float32([3, 10, 30, 100, 300, 1000, 3000, 10000, 300000])  # P1's, in steps
 
 
@@ -158,11 +157,6 @@ def parameter_features(seen):
     return jnp.concatenate([seen.g[None], seen.w[None], seen.m, relative])
 
 
-def mean_square(x, real):
-    """Of each feature of a tensor, [F, count, size] -> [F, count]."""
-    return mean(x * x)
-
-
 def mlp(theta, units, layers, features, shared, seen, form):
     """-> (last hidden layer [units, ...], features [F, ...]), lists as of `by_shape`. Each feature
     comes over its root mean square in its tensor (P1).
@@ -172,11 +166,9 @@ def mlp(theta, units, layers, features, shared, seen, form):
     w, b = weights(theta, "mlp0", len(features) + len(shared), units)
     own, told = jnp.split(w, [len(features)])
     biases = told.T @ shared + b[:, None]  # [units, tensors]
-    real = by_shape(seen.v[B2] > 0, seen.shapes)
     hidden, normal = [], []
-    for x, real, bias in zip(
-            by_shape(features, seen.shapes), real, by_shape(biases, seen.shapes, 1)):
-        scale = lax.rsqrt(1e-5 + form.power(x, real))[..., None]
+    for x, bias in zip(by_shape(features, seen.shapes), by_shape(biases, seen.shapes, 1)):
+        scale = lax.rsqrt(1e-5 + mean(x * x))[..., None]
         x = jnp.clip(x * scale, -form.bound, form.bound)
         normal.append(x)
         h = nn.relu(product(own, x) + bias)
@@ -201,7 +193,6 @@ def papers_step(theta, hidden, features, odd, seen):
 class Form(NamedTuple):
     """What in the papers' optimizers can be exchanged; as it stands, it is the papers'."""
     step: Callable = papers_step
-    power: Callable = mean_square   # that features are normalised by
     bound: float = np.inf           # of normalised features
     time: Callable = lambda t: t - 1  # of step t, the first being 1, for features of time
     valid_decay: float = 0.95       # of the running validation loss (P2)

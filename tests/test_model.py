@@ -20,11 +20,13 @@ NAN, NONE = np.nan, (np.full(8, np.nan, np.float32),) * 2  # a loss that is NaN 
 
 
 def drawn(names=SHAPES, steps=8):
-    """Parameters and gradients, [steps, ...]; two rows have none, and half the kernel loses its."""
+    """Parameters and gradients, [steps, ...]; two rows have none, and half the kernel loses its,
+    of which one is large."""
     rng = np.random.default_rng(0)
     params = {k: np.asarray(rng.standard_normal(shape), np.float32) for k, shape in SHAPES.items()}
     grads = {k: np.float32(rng.standard_normal((25, *x.shape)) / 2) for k, x in params.items()}
     grads["matrix"][:, :2], grads["kernel"][2:, ..., 1] = 0, 0
+    grads["kernel"][:, 0, 0, 0, 0] *= 30
     return {k: params[k] for k in names}, {k: grads[k][:steps] for k in names}
 
 
@@ -126,11 +128,9 @@ def seen(gs, w, rms=True):
     return m, v, adams, np.concatenate([[gs[-1], w], m, m / np.sqrt(rms * v + 1e-6)])
 
 
-def mlp(T, layers, x, v, shared, live=True):
-    """-> (last layer, normalised features): what never had a gradient is not part of the mean."""
-    power = x ** 2 @ (v[3] > 0) / (np.sum(v[3] > 0) + 1e-8) if live else average(x ** 2)
-    x = x / np.sqrt(1e-5 + power)[:, None]
-    x = np.clip(x, -5, 5) if live else x
+def mlp(T, layers, x, shared, bound=5):
+    """-> (last layer, normalised features)."""
+    x = np.clip(x / np.sqrt(1e-5 + average(x ** 2))[:, None], -bound, bound)
     h = np.concatenate([x, np.tile(shared[:, None], x.shape[1])])
     for i in range(layers):
         h = np.maximum(T[f"mlp{i}/w"].T @ h + T[f"mlp{i}/b"][:, None], 0)
@@ -159,7 +159,6 @@ def pace(T, t, horizon, shape, shapes):
     (dict(without=("paces",), horizon=5), ("matrix", "vector")),
     (dict(horizon=5), ("scalar", "vector"))])  # without weights nothing is a bias
 def test_per_parameter_mlp(options, names):
-    """P1's own, without g^2 as in its code; and ours."""
     learned, horizon = model.per_parameter_mlp(units=8, **options), options["horizon"]
     on = set(model.ADDITIONS) - set(options.get("without", ()))
     theta, T = filled(learned, "unit_weights" in on, log_lr=-3)
@@ -168,11 +167,24 @@ def test_per_parameter_mlp(options, names):
         t = len(gs)
         m, v, adams, x = seen(gs.reshape(t, -1), w.ravel(), options.get("rms", True))
         times = np.tanh((min(t, horizon) * 400 / horizon if on else t - 1) / TIMES - 1)
-        h, x = mlp(T, options.get("layers", 1), x, v, times, "live_features" in on)
+        h, x = mlp(T, options.get("layers", 1), x, times)
         slow = pace(T, t, horizon, w.shape, [SHAPES[k] for k in names]) if "paces" in on else 1
         return step(T, "anchored_step" in on, h, x, adams[1], slow, np.zeros(13)).reshape(w.shape)
 
     check(learned.optimizer, theta, rule, names=names)
+
+
+def test_p1():
+    """As its code has it: one layer, no g^2, no bound on the features, nothing of ours."""
+    learned = model.p1()
+    theta, T = filled(learned, False)
+
+    def rule(gs, w):
+        _, _, _, x = seen(gs.reshape(len(gs), -1), w.ravel(), rms=False)
+        h, _ = mlp(T, 1, x, np.tanh((len(gs) - 1) / TIMES - 1), bound=np.inf)
+        return step(T, False, h, None, None, None, None).reshape(w.shape)
+
+    check(learned.optimizer, theta, rule)
 
 
 def lstm(T, name, x, h, c):
@@ -285,7 +297,7 @@ def hierarchical(T, on, horizon, grads, path, losses):
                 *(h[k] @ T["condition/w"] + T["condition/b"]), np.log(len(shapes)) - 1,
                 np.log(w @ w + 1e-8) / 2, np.log(max(len(w), 1)), *np.sin(clock / (np.pi * SINES))])
             features = np.array([*odd, np.log(np.abs(w) + 1e-8), *v, *1 / np.sqrt(v + 1e-6)])
-            hidden, features = mlp(T, 2, features, v, shared, "live_features" in on)
+            hidden, features = mlp(T, 2, features, shared)
             feedback[k] = average(hidden) @ T["feedback/w"] + T["feedback/b"]
             cues = [*h[k], *np.tanh(clock / TIMES[1:7] - 1), *surprises]
             cues += [*signal, rest] if signals else []
@@ -418,13 +430,11 @@ def test_any_structure_vmap_and_grad():
     assert all(np.isfinite(x).all() for x in slope.values()) and not slope["log_bias"].any()
 
 
-@pytest.mark.parametrize("kind, most", [("muon", 1e-5), ("p1", 1e-4), ("hierarchical", 0.4)])
+@pytest.mark.parametrize("kind, most", [("muon", 1e-5), ("ours", 0.7)])
 def test_what_padding_changes(kind, most):
-    """Nothing; but what is known of a whole tensor is diluted, and so are our steps, a little."""
-    mlp = model.per_parameter_mlp(8, without=("anchored_step",))
-    learned = LEARNED[0] if kind == "hierarchical" else mlp
-    theta = {k: 0.1 * x for k, x in filled(learned)[0].items()}
-    make = (lambda _: model.muon(0.01)) if kind == "muon" else learned.optimizer
+    """Nothing; but what is known of a whole tensor is diluted, and so our steps change."""
+    theta = {k: 0.1 * x for k, x in filled(LEARNED[0])[0].items()}
+    make = (lambda _: model.muon(0.01)) if kind == "muon" else LEARNED[0].optimizer
     params, grads = drawn()[0]["matrix"][2:], drawn()[1]["matrix"][:, 2:]
     (plain,), _ = run(make, theta, [params], ([grads],))
     params, grads = np.pad(params, ((0, 4), (2, 0))), np.pad(grads, ((0, 0), (0, 4), (2, 0)))
