@@ -234,19 +234,19 @@ def progress(seed, runs, clock, looks, cases, **common):
 ADAM = {"Adam": evaluate.BASELINES["Adam"]}
 
 
-def ratios(count, seed, *how, **common):
+def ratios(count, seed, runs, clock, *how, **common):
     """Rows of `progress`: the outer loss; and on `count` held-out tasks the mean test loss over
     tuned Adam's, at most ten times that (geometric mean), and the share where it is lower."""
-    for line, x, settings, run in progress(seed, *how, **common):
+    for line, x, settings, run in progress(seed, runs, clock, *how, **common):
         theta = meta_train.fitted(settings, run.average)
         curves = compare(
             tasks.mlp("held_out"), meta_train.make_learned(settings), theta, count,
             settings.horizon, seed, ADAM)
         adam, mine = (evaluate.best(c[..., 1], evaluate.mean_loss) for c in curves.values())
         y = np.exp(np.log(np.minimum(mine / adam, 10)).mean())
-        yield "outer loss, running mean", line, x, run.smoothed["mlp"]
-        yield "mean test loss / tuned Adam's", line, x, y
-        yield "share of tasks where it is lower", line, x, (mine < adam).mean()
+        yield f"outer loss against {clock}", line, x, run.smoothed["mlp"]
+        yield f"mean test loss / tuned Adam's against {clock}", line, x, y
+        yield f"share of tasks where it is lower against {clock}", line, x, (mine < adam).mean()
 
 
 def race(seed):
