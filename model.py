@@ -38,6 +38,18 @@ def relative_time(horizon, t):
     return jnp.minimum(t, horizon) * (HORIZON / horizon)
 
 
+def unit_weights(learned):
+    """The same with a theta in which all weights of layers are of size 1: so noise on theta and
+    steps of theta move what a layer puts out as little in a wide layer as in a narrow one."""
+    def scaled(theta, power):
+        names = [f"{name[:-2]}/w" for name in theta if name.endswith("/b") and name != "step/b"]
+        return theta | {name: theta[name] * len(theta[name]) ** power for name in names}
+
+    return LearnedOptimizer(
+        lambda key: scaled(learned.init(key), 0.5),
+        lambda theta: learned.optimizer(scaled(theta, -0.5)))
+
+
 def anchored_step(pace, steers=()):
     """The step pace lr exp(min(a, 1)) (adam + d), which scales and bends Adam's; at first
     a = d = 0.
@@ -130,7 +142,7 @@ def orthogonal_momentum(seen):
 
 
 ADDITIONS = ("anchored_step", "paces", "steering", "signal_to_noise", "orthogonal_momentum",
-             "going_back", "relative_time")
+             "going_back", "relative_time", "unit_weights")
 
 
 def ours(paper, horizon, without, steers=()):
@@ -149,7 +161,8 @@ def ours(paper, horizon, without, steers=()):
     form = Form(bound=5.0)
     for name in changes.keys() - {*without}:
         form = form._replace(**changes[name])
-    return paper(form=form)
+    found = paper(form=form)
+    return found if "unit_weights" in without else unit_weights(found)
 
 
 # ---------------------------------------------------------------- those that are meta-trained

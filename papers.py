@@ -163,7 +163,7 @@ def mlp(theta, units, layers, features, shared, seen, form):
 
     `shared` [S, tensors] is what all parameters of a tensor are told: to them it is a bias.
     """
-    w, b = weights(theta, "hidden0", len(features) + len(shared), units)
+    w, b = weights(theta, "mlp0", len(features) + len(shared), units)
     own, told = jnp.split(w, [len(features)])
     biases = told.T @ shared + b[:, None]  # [units, tensors]
     hidden, normal = [], []
@@ -173,7 +173,7 @@ def mlp(theta, units, layers, features, shared, seen, form):
         normal.append(x)
         h = nn.relu(product(own, x) + bias)
         for i in range(1, layers):
-            h = nn.relu(dense(theta, f"hidden{i}", h, units))
+            h = nn.relu(dense(theta, f"mlp{i}", h, units))
         hidden.append(h)
     return hidden, normal
 

@@ -37,7 +37,7 @@ LEFT_OUT = {  # additions of this project to the training, and what leaves them 
 ADDITIONS = (*model.ADDITIONS, *LEFT_OUT)
 SUITED = {  # to each estimator: long unrolls, since each earlier truncation adds its noise
     "es": dict(sigma=0.01, outer_steps=800, decay_steps=200.0),
-    "pes": dict(sigma=0.01, outer_steps=1600, decay_steps=200.0, truncation=200),
+    "pes": dict(sigma=0.03, outer_steps=1600, decay_steps=200.0, truncation=200),
     "merged": dict(sigma=0.01, outer_steps=160),
     "combined": dict(sigma=0.01, outer_steps=160)}
 RECIPES = {  # whole systems: the papers', as far as ten minutes reach, and ours

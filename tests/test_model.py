@@ -1,5 +1,4 @@
 """Optimizers against plain loops in float64, written from the formulas; then how they are used."""
-import contextlib
 import functools
 import os
 import zipfile
@@ -58,14 +57,16 @@ def check(make, theta, rule, steps=8, names=SHAPES, losses=()):
             close(updates[k][t], rule(np.float64(grads[k][:t + 1]), np.float64(path[k][t])), 1e-4)
 
 
-def filled(learned, **given):
-    """Meta-parameters of which none is special; and in float64."""
+def filled(learned, unit=True, **given):
+    """Meta-parameters of which none is special; and in float64, with weights as layers use them,
+    who may be stored at size 1."""
     rng, shapes = np.random.default_rng(0), jax.eval_shape(learned.init, jax.random.key(0))
-    theta = {}
+    theta, inside = {}, {}
     for k, x in shapes.items():
-        size = 0.9 / np.sqrt(len(x)) if k.endswith("/w") and k != "step/w" else 0.3
-        theta[k] = np.float32(given.get(k, size * rng.standard_normal(x.shape)))
-    return theta, {k: np.float64(x) for k, x in theta.items()}
+        layer = k.endswith("/w") and k != "step/w"
+        theta[k] = np.float32(given.get(k, (0.9 if layer else 0.3) * rng.standard_normal(x.shape)))
+        inside[k] = np.float64(theta[k]) / (np.sqrt(len(theta[k])) if layer else 1)
+    return theta if unit else {k: np.float32(x) for k, x in inside.items()}, inside
 
 
 def total(x, decay):
@@ -132,7 +133,7 @@ def mlp(T, layers, x, shared, bound=5):
     x = np.clip(x / np.sqrt(1e-5 + average(x ** 2))[:, None], -bound, bound)
     h = np.concatenate([x, np.tile(shared[:, None], x.shape[1])])
     for i in range(layers):
-        h = np.maximum(T[f"hidden{i}/w"].T @ h + T[f"hidden{i}/b"][:, None], 0)
+        h = np.maximum(T[f"mlp{i}/w"].T @ h + T[f"mlp{i}/b"][:, None], 0)
     return h, x
 
 
@@ -160,7 +161,7 @@ def pace(T, t, horizon, shape, shapes):
 def test_per_parameter_mlp(options, names):
     learned, horizon = model.per_parameter_mlp(units=8, **options), options["horizon"]
     on = set(model.ADDITIONS) - set(options.get("without", ()))
-    theta, T = filled(learned, log_lr=-3)
+    theta, T = filled(learned, "unit_weights" in on, log_lr=-3)
 
     def rule(gs, w):
         t = len(gs)
@@ -176,7 +177,7 @@ def test_per_parameter_mlp(options, names):
 def test_p1():
     """As its code has it: one layer, no g^2, no bound on the features, nothing of ours."""
     learned = model.p1()
-    theta, T = filled(learned)
+    theta, T = filled(learned, False)
 
     def rule(gs, w):
         _, _, _, x = seen(gs.reshape(len(gs), -1), w.ravel(), rms=False)
@@ -317,7 +318,7 @@ LOSSES = np.float32([[1, 0.9, 1.2, NAN, np.inf, 0.7, 0.7, 0.6], [2, 1, NAN, 1.2,
 def test_the_hierarchical_optimizer_and_what_can_be_left_out(off):
     """Without all it is P2's. Gradients are clipped, or not finite; so are losses; one rises."""
     learned = SMALL(without=off)
-    theta, T = filled(learned, log_lr=-3, **{"clip/log_multiple": -1})
+    theta, T = filled(learned, "unit_weights" not in off, log_lr=-3, **{"clip/log_multiple": -1})
     assert ("steer" in T) == (not {"anchored_step", "steering"} & set(off))
     names = ("matrix", "scalar", "vector") if 0 < len(off) < 3 else SHAPES
     params, grads = drawn(names)
@@ -348,9 +349,8 @@ def test_p2_is_the_authors_own():
     rnn = dict(context=18, feedback=16, norm_g=1, scalar=1, m=1, sign_m=1, v=1, sign_v=1, w=1,
                sign_w=1, norm_w=1, sides=4, losses=2, var_m=1, var_v=1, var_w=1, h=64)
     theta = {
-        "hidden0/w": rearranged(theirs.pop("mlp0/w"), mlp, "g w m relative log_w v rsqrt condition "
-                                "tensors norm count sines"),
-        **{f"hidden{k[3:]}": theirs.pop(k) for k in ("mlp0/b", "mlp1/w", "mlp1/b")},
+        "mlp0/w": rearranged(theirs.pop("mlp0/w"), mlp, "g w m relative log_w v rsqrt condition "
+                                                        "tensors norm count sines"),
         "lstm/w": rearranged(theirs.pop("lstm/w"), rnn, "m v w var_m var_v var_w norm_w norm_g "
                              "sign_m sign_v sign_w scalar sides losses context feedback h"),
         "clip/log_multiple": np.log(np.float32(10)), "clip/log_rate": np.log(np.float32(0.01))}
@@ -385,8 +385,7 @@ def test_when_it_is_time_to_go_back():
 def test_a_fresh_optimizer_is_adam_but_for_paces(learned):
     with jax.debug_key_reuse(True):
         theta = jax.jit(learned.init)(jax.random.key(0))
-    w = theta["hidden0/w"] * np.sqrt(len(theta["hidden0/w"]))
-    assert 0.75 < np.std(w) < 1 and 1.8 < np.abs(w).max() < 2
+    assert 0.75 < np.std(theta["mlp0/w"]) < 1 and 1.8 < np.abs(theta["mlp0/w"]).max() < 2
     theta |= {"log_bias": np.float32(-2)} | {k: np.float32(20) for k in theta if "multiple" in k}
 
     def rule(gs, w):
@@ -485,8 +484,10 @@ def test_save_and_load(tmp_path):
     whole, new = path.read_bytes(), functools.partial
     for i in range(0, len(whole), len(whole) // 99):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1:])
-        with contextlib.suppress(ValueError):  # refused, or as it was
+        try:
             assert jax.tree.all(jax.tree.map(np.array_equal, theta, model.load(path)[1]))
+        except ValueError as error:
+            assert "damaged" in str(error)
     writes = [(new(path.write_bytes, damage), "damaged") for damage in (
         b"", b"no zip", whole[:999], whole[:200] + b"\0" * 50 + whole[250:])]
     writes += [(new(np.savez, path, about=np.array({}, object)), "damaged"),  # it would be a pickle
