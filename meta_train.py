@@ -159,6 +159,7 @@ def in_tensors(optimizer, unravel):
 def make_outer(settings):
     """-> (start(key) -> Run, {family: outer step(run, key)}), jitted, with the pairs shared out."""
     learned, each = make_learned(settings), {}
+    begin = begun(settings.begin, learned)
     cap = evaluate.OUTER_LOSSES[settings.outer_loss].cap
     longest = round(settings.truncation * (1 + settings.jitter))
     for name in settings.tasks:
@@ -177,7 +178,7 @@ def make_outer(settings):
 
     def start(key):
         theta_key, particle_key = random.split(key)
-        theta = learned.init(theta_key)
+        theta = begin or learned.init(theta_key)
         particles = {name: estimator.init(theta, particle_key) for name, estimator in each.items()}
         unknown = dict.fromkeys(each, jnp.float32(jnp.nan))
         opt_state = outer.init(ravel_pytree(theta)[0])
@@ -196,6 +197,17 @@ def make_outer(settings):
     once = {"xla_backend_optimization_level": 0}  # it runs once: compiling is all it costs
     start = jax.jit(start, out_shardings=layout, compiler_options=once)
     return start, {name: jitted(name) for name in each}
+
+
+def begun(path, learned):
+    """Theta from a file, if there is one."""
+    if not path:
+        return None
+    _, theta = model.load(path)
+    wanted = jax.eval_shape(learned.init, random.key(0))
+    if tree.map(jnp.shape, theta) != tree.map(jnp.shape, wanted):
+        raise ValueError(f"{path} holds another kind of optimizer than the one to be learned.")
+    return theta
 
 
 def updates(settings, run, outer_steps):

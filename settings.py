@@ -85,6 +85,7 @@ class Settings:
     warmup: COUNT = flag(10, "outer steps in which its rate rises")
     decay_steps: POSITIVE = flag(32.0, "outer steps that halve that rate; then like 1 / step")
     averaging: ("later", "last") = flag("later", "of theta; the later ones count more, or all")
+    begin: str = flag("", "theta.npz of the same optimizer, to go on from")
     outer_optimizer: str = flag("", "theta.npz of a learned optimizer in the outer Adam's place")
     fit: SOME = flag(128, "tasks of each family that fit the step size at the end (0: none)")
     compare: number(int, 4, 10 ** 5) = flag(64, "held-out tasks of each, compared at the end")
