@@ -92,8 +92,8 @@ def letter_tasks(pool, max_batch, ranges):
     noise = jnp.float32(rng.standard_normal((4096, 64)))  # indexing is cheaper than drawing
     luck = jnp.float32(rng.uniform(size=(CLASSES, examples)))
     wrong = jnp.asarray(rng.integers(1, CLASSES, luck.shape))
-    if pool == "meta_train":
-        ranges = ranges | {"examples": log_uniform(3.0, examples)}  # of each class, to train on
+    if pool == "meta_train":  # of each class, to train on; half of the tasks have all
+        ranges = ranges | {"examples": log_uniform(3.0, examples ** 2 / 3)}
 
     def sample(key):
         class_key, key = random.split(key)
@@ -360,12 +360,12 @@ def rnn(pool="meta_train", max_width=16, max_embedding=12, max_length=16, max_ba
         real = jnp.outer(rows, task["length"])
         u = random.uniform(key, (max_batch, 1))
         if "share" in task and split in FEW:
-            u = (task["first"] + task["share"] * u) % 1
+            u = (task["first"] + jnp.minimum(task["share"], 1) * u) % 1
         start = (u * (len(text[split]) - max_length)).astype(int)
         return text[split][start + jnp.arange(max_length + 1)[None]], real
 
-    if pool == "meta_train":  # of the text, to learn from: a part, from where on
-        ranges |= {"share": log_uniform(1e-3, 1.0), "first": uniform(0.0, 1.0)}
+    if pool == "meta_train":  # of the text, to learn from; half of the tasks have all; from where
+        ranges |= {"share": log_uniform(1e-3, 1e3), "first": uniform(0.0, 1.0)}
     sample = functools.partial(draw, ranges=ranges)
     return TaskFamily("rnn", sample, init, batch, rnn_loss)
 
