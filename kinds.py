@@ -3,6 +3,7 @@ import jax.numpy as jnp
 from jax import nn, random
 
 import data
+import parts
 import tasks
 
 
@@ -17,19 +18,19 @@ def fixed(name, family, **values):
 def wide_and_deep():
     """Nets beyond what meta-training saw: four hidden layers of 128 units."""
     family = tasks.mlp("held_out", max_depth=4, max_width=128)
-    widths = {f"width{i}": tasks.first(128, 128) for i in range(4)}
+    widths = {f"width{i}": parts.first(128, 128) for i in range(4)}
     return fixed("wide_and_deep", family, depth=jnp.int32(4), **widths)
 
 
 def one_example():
     """Batches of a single training example."""
-    return fixed("one_example", tasks.mlp("held_out"), batch_size=tasks.first(1, 64))
+    return fixed("one_example", tasks.mlp("held_out"), batch_size=parts.first(1, 64))
 
 
 def full_batch():
     """256 training examples, all in every batch: gradients without noise, and soon overfitted."""
     family = tasks.mlp("held_out", max_batch=256)
-    family = fixed("full_batch", family, batch_size=tasks.first(256, 256))
+    family = fixed("full_batch", family, batch_size=parts.first(256, 256))
 
     def batch(task, key, split):
         key = random.key(0) if split == "train" else key
@@ -41,27 +42,27 @@ def full_batch():
 def residual(channels=12, blocks=2, max_batch=32):
     """Letters by a residual net of 3x3 convolutions, the mean over all positions, a linear head."""
     sample, batch = tasks.letter_tasks("held_out", max_batch, dict(
-        batch_size=tasks.size(max_batch / 8, max_batch),
+        batch_size=parts.size(max_batch / 8, max_batch),
         **tasks.LETTERS))
     layers = {"in": (9, channels), "out": (channels, tasks.CLASSES)}
     for i in range(blocks):
         layers[f"block{i}/0"] = layers[f"block{i}/1"] = 9 * channels, channels
 
     def init(task, key):
-        return tasks.padded(key, 1.0, layers)
+        return parts.padded(key, 1.0, layers)
 
     def loss(task, params, batch):
         x, y, real = batch
 
         def convolve(name, x, stride=1):
-            return tasks.dense(params, name, tasks.patches(x, stride))
+            return parts.dense(params, name, parts.patches(x, stride))
 
         h = convolve("in", x.reshape(-1, 8, 8, 1), stride=2)  # [B, 4, 4, channels]
         for i in range(blocks):
             inside = convolve(f"block{i}/0", nn.relu(h))
             h = h + convolve(f"block{i}/1", nn.relu(inside))
-        logits = tasks.dense(params, "out", jnp.mean(nn.relu(h), (1, 2)))
-        return tasks.cross_entropy(logits, y, real)
+        logits = parts.dense(params, "out", jnp.mean(nn.relu(h), (1, 2)))
+        return parts.cross_entropy(logits, y, real)
 
     return tasks.TaskFamily("residual", sample, init, batch, loss)
 
@@ -86,7 +87,7 @@ def transformer(width=24, heads=2, length=16, max_batch=8):
         "out": (width, n)}
 
     def init(task, key):
-        params = tasks.padded(key, 1.0, layers)
+        params = parts.padded(key, 1.0, layers)
         params = {name: params[name] for name in layers}  # no biases
         return params | {"embed": jnp.sqrt(n) * params["embed"]}  # it is indexed
 
@@ -110,7 +111,7 @@ def transformer(width=24, heads=2, length=16, max_batch=8):
         x = nn.relu(nn.standardize(h) @ params["up"])
         h = h + x @ params["down"]
         logits = nn.standardize(h) @ params["out"]
-        return tasks.cross_entropy(logits, characters[:, 1:])
+        return parts.cross_entropy(logits, characters[:, 1:])
 
     return tasks.TaskFamily("transformer", lambda key: (), init, batch, loss)
 

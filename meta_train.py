@@ -30,7 +30,7 @@ import model
 import tasks
 from evaluate import number
 from settings import (
-    COUNT, NATURAL, POSITIVE, Settings, arguments, make_learned, whole_settings)
+    COUNT, NATURAL, POSITIVE, Settings, arguments, make_family, make_learned, whole_settings)
 
 FREE = "outer_steps", "minutes", "decay_steps", "fit", "compare"  # a resumed run can have others
 PATIENCE = 100  # outer steps in a row that may come to nothing
@@ -159,10 +159,11 @@ def in_tensors(optimizer, unravel):
 def make_outer(settings):
     """-> (start(key) -> Run, {family: outer step(run, key)}), jitted, with the pairs shared out."""
     learned, each = make_learned(settings), {}
+    begin = begun(settings.begin, learned)
     cap = evaluate.OUTER_LOSSES[settings.outer_loss].cap
     longest = round(settings.truncation * (1 + settings.jitter))
     for name in settings.tasks:
-        family = tasks.FAMILIES[name]()
+        family = make_family(settings, name)
         pool = evaluate.make_pool(family, settings.num_tasks, settings.horizon, settings.target)
         problem = inner_problem(settings, family, learned, pool)
         each[name] = getattr(estimators, settings.estimator)(
@@ -177,7 +178,7 @@ def make_outer(settings):
 
     def start(key):
         theta_key, particle_key = random.split(key)
-        theta = learned.init(theta_key)
+        theta = begin or learned.init(theta_key)
         particles = {name: estimator.init(theta, particle_key) for name, estimator in each.items()}
         unknown = dict.fromkeys(each, jnp.float32(jnp.nan))
         opt_state = outer.init(ravel_pytree(theta)[0])
@@ -196,6 +197,17 @@ def make_outer(settings):
     once = {"xla_backend_optimization_level": 0}  # it runs once: compiling is all it costs
     start = jax.jit(start, out_shardings=layout, compiler_options=once)
     return start, {name: jitted(name) for name in each}
+
+
+def begun(path, learned):
+    """Theta from a file, if there is one."""
+    if not path:
+        return None
+    _, theta = model.load(path)
+    wanted = jax.eval_shape(learned.init, random.key(0))
+    if tree.map(jnp.shape, theta) != tree.map(jnp.shape, wanted):
+        raise ValueError(f"{path} holds another kind of optimizer than the one to be learned.")
+    return theta
 
 
 def updates(settings, run, outer_steps):
@@ -370,7 +382,7 @@ def fitted(settings, theta):
         return theta
     count = settings.num_tasks + settings.fit
     keys = random.split(random.key(2 ** 31 + settings.seed), count)[settings.num_tasks:]
-    families = [tasks.FAMILIES[name]() for name in settings.tasks]
+    families = [make_family(settings, name) for name in settings.tasks]
     return evaluate.fit_step_size(
         make_learned(settings), theta, families, keys, settings.horizon, settings.target,
         evaluate.OUTER_LOSSES[settings.outer_loss])

@@ -92,21 +92,31 @@ def no_paces(theta, seen):
     return jnp.ones(len(seen.shapes))
 
 
+def live_inputs(seen):
+    """Of how many inputs each tensor's weights ever had a gradient, [tensors]: not of padding, nor
+    of what is always zero."""
+    counts = []
+    for shape, x in zip(dict.fromkeys(seen.shapes), by_shape(seen.v[B2] > 0, seen.shapes)):
+        x = x.reshape(len(x), int(np.prod(shape[:-1])), *shape[-1:])
+        counts.append(jnp.sum(jnp.any(x, tuple(range(2, x.ndim))), 1))
+    return jnp.concatenate(counts)
+
+
 def paces(horizon, theta, seen):
     """What anchored steps of each tensor are multiplied by, [tensors].
 
-    Weights (two dimensions or more) of more than 32 inputs step shorter in proportion (muP, Yang et
-    al. 2021). Biases, beside weights, have a pace of their own, kept from backprop: a few long ones
-    push ReLUs below zero for good, a jump that it can't see. A training of more than HORIZON steps
-    takes shorter ones, like horizon^(-3/4); after the horizon they fall like 1 / t^2.
+    Weights (two dimensions or more) of more than 32 inputs step shorter, at first in proportion
+    (muP, Yang et al. 2021). Biases, beside weights, have a pace of their own, kept from backprop: a
+    few long ones push ReLUs below zero for good, a jump that it can't see. A training of more than
+    HORIZON steps takes shorter ones, like horizon^(-3/4); after the horizon they fall like 1 / t^2.
     """
     weights = np.array([len(shape) > 1 for shape in seen.shapes])
-    inputs = sizes([shape[:-1] for shape in seen.shapes])
     log_bias = lax.stop_gradient(theta("log_bias", ()))
     bias = jnp.exp(log_bias) if weights.any() else 1.0
     longer = min(HORIZON / horizon, 1) ** 0.75
     over = jnp.maximum(seen.t / horizon, 1) ** 2
-    narrow = np.float32(np.minimum(1, 32 / np.maximum(inputs, 1)))
+    power = theta("width_power", (), 0.0, 1.0)
+    narrow = (32 / jnp.maximum(live_inputs(seen), 32)) ** power
     return jnp.where(weights, narrow, bias) * longer / over
 
 
@@ -127,6 +137,12 @@ def signal_to_noise(seen, unit=1.0):
     return jnp.concatenate([signal / unit, 5 * rest / (real + 1e-8)])
 
 
+def generalisation_gap(low, high):
+    """How far the running validation loss lies above the training loss's, in e-folds, within 3."""
+    gap = jnp.log((jnp.abs(high) + 1e-6) / (jnp.abs(low) + 1e-6))
+    return (jnp.clip(gap, -3, 3),)
+
+
 def bearings(seen):
     """The LSTM, the time (P1's, of 10 to 3000 steps) and the losses, [F, tensors]."""
     shared = jnp.concatenate([tanh_times(seen)[1:7], seen.losses])
@@ -142,7 +158,7 @@ def orthogonal_momentum(seen):
 
 
 ADDITIONS = ("anchored_step", "paces", "steering", "signal_to_noise", "orthogonal_momentum",
-             "going_back", "relative_time", "unit_weights")
+             "generalisation_gap", "going_back", "relative_time", "unit_weights")
 
 
 def ours(paper, horizon, without, steers=()):
@@ -155,6 +171,7 @@ def ours(paper, horizon, without, steers=()):
     signals = functools.partial(signal_to_noise, unit=10.0)
     changes = {
         "anchored_step": dict(step=anchored_step(pace, steers)),
+        "generalisation_gap": dict(gap=generalisation_gap),
         "signal_to_noise": dict(rows=(agreement,), cues=(signals,)),
         "orthogonal_momentum": dict(views=(orthogonal_momentum,)),
         "relative_time": dict(time=functools.partial(relative_time, horizon), valid_decay=0.8)}

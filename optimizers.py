@@ -211,23 +211,25 @@ class Record(NamedTuple):
 def remember(record, loss, params):
     """-> (the record with one more validation loss, whether it is time to go back to the best).
 
-    That is when the mean lies above the best by a tenth of the first loss and 1.5 deviations of a
-    loss. To be a new best, it has to be a tenth and half a deviation lower than the last: of many
-    noisy means the lowest is lucky, and with few examples it is met long after overfitting began.
+    That is when the last two losses both lie above the best mean by 4.25 deviations of a loss and a
+    tenth of the first one: noise alone hardly ever does that, and one outlier never. To be a new
+    best, the mean has to be a tenth and half a deviation lower than the last: of many noisy means
+    the lowest is lucky, and with few examples it is met long after overfitting began.
     """
     k, told = record.count, loss
     sigma = jnp.sqrt(record.noise + 1e-30)
     loss = bounded(loss, record.mean, 3 * (sigma + jnp.abs(record.first)))
     mean = jnp.where(k > 0, 0.5 * (record.mean + loss), loss)
     bend = (loss - 2 * record.latest[1] + record.latest[0]) ** 2 / 6
-    noise = record.noise + (bend - record.noise) / jnp.clip(k - 1, 1, 10)
+    noise = record.noise + (bend - record.noise) / jnp.clip(k - 1, 1, 100)
     noise = jnp.where(k > 1, noise, 0.0)
     sigma, first = jnp.sqrt(noise), jnp.where(k > 0, record.first, loss)
     lower = record.best - mean >= 0.5 * sigma + 0.1 * jnp.abs(record.best)
     better = (k == 0) | lower
     best = jnp.where(better, mean, record.best)
     kept = tree.map(lambda new, old: jnp.where(better, new, old), params, record.params)
-    back = (k > 2) & (mean - best > 1.5 * sigma + 0.1 * jnp.abs(first))
+    low = jnp.minimum(loss, record.latest[1])
+    back = (k > 2) & (low - best > 4.25 * sigma + 0.1 * jnp.abs(first))
     mean = jnp.where(back, best, mean)
     latest = jnp.where(back, best, jnp.stack([record.latest[1], loss]))
     return Record(told, k + 1, latest, noise, mean, first, best, kept, record.returns + back), back

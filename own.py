@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax, nn, random
 
 import machine
+import parts
 import tasks
 
 
@@ -284,16 +285,16 @@ def small_net(net, shape, width, outputs):
     layers = dict(zip(("w0", "w1", "out"), zip(rows, (width, width, outputs))))
 
     def init(task, key):
-        params = tasks.padded(key, np.sqrt(2), layers)
+        params = parts.padded(key, np.sqrt(2), layers)
         params["out"] /= np.sqrt(2)
         return params
 
     def forward(params, x):
         x = x.reshape(len(x), *shape)
         for name in ("w0", "w1"):
-            x = tasks.patches(x, 2) if net == "conv" else x
-            x = nn.relu(tasks.dense(params, name, x))
-        return tasks.dense(params, "out", x.reshape(len(x), -1))
+            x = parts.patches(x, 2) if net == "conv" else x
+            x = nn.relu(parts.dense(params, name, x))
+        return parts.dense(params, "out", x.reshape(len(x), -1))
 
     return init, forward
 
@@ -316,7 +317,7 @@ def family(mine, net="mlp", width=32, max_batch=64):
 
     def loss_of(found, y):
         if mine.classes:
-            return tasks.cross_entropy(found, y)
+            return parts.cross_entropy(found, y)
         return 0.5 * jnp.mean((found - y) ** 2)
 
     def loss(task, params, batch):

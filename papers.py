@@ -127,7 +127,7 @@ class Seen(NamedTuple):
     t: jax.Array        # steps done
     time: jax.Array     # as features of it are told, see `Form`
     shapes: list        # of the tensors
-    losses: Any = None  # [2], how both losses compare with the recent training loss (P2)
+    losses: Any = None  # [2 or more], how both losses compare with the recent training loss (P2)
     more: Any = None    # [F, tensors], means of what `p2` is given to average
     h: Any = None       # [lstm, tensors], what each tensor's LSTM makes of it (P2)
 
@@ -196,6 +196,7 @@ class Form(NamedTuple):
     bound: float = np.inf           # of normalised features
     time: Callable = lambda t: t - 1  # of step t, the first being 1, for features of time
     valid_decay: float = 0.95       # of the running validation loss (P2)
+    gap: Callable = lambda low, high: ()  # of both running losses: what else is told of them
     # Functions of what is seen that P2's tensors and parameters are told of besides:
     rows: tuple = ()   # -> a list of [n]; their means over each tensor are seen, too
     cues: tuple = ()   # -> [F, tensors], which the LSTMs read
@@ -321,18 +322,20 @@ def clipped(theta, g, state):
     return jnp.clip(jnp.nan_to_num(g), -limit, limit), rate
 
 
-def loss_features(state, losses, valid_decay):
-    """-> (running averages of both losses, how both compare with the training loss's, [2]).
+def loss_features(state, losses, form):
+    """-> (running averages of both losses, how both compare with the training loss's, [2 or more]).
 
     Overfitting shows in the second.
     """
     loss, valid_loss = losses
     train = observe(state.train, loss, TRAIN_DECAY)
-    valid = observe(state.valid, valid_loss, valid_decay)
-    mean, _, count, _ = valid
-    of_valid = surprise(train, unbiased(mean, valid_decay, count))
-    of_valid = jnp.where(count > 0, of_valid, 0.0)
-    return train, valid, jnp.stack([surprise(train, loss), of_valid])
+    valid = observe(state.valid, valid_loss, form.valid_decay)
+    low, high = (
+        unbiased(mean, decay, count)
+        for (mean, _, count, _), decay in ((train, TRAIN_DECAY), (valid, form.valid_decay)))
+    of_valid = jnp.stack([surprise(train, high), *form.gap(low, high)])
+    of_valid = jnp.where((train[2] > 0) & (valid[2] > 0), of_valid, 0.0)
+    return train, valid, jnp.concatenate([surprise(train, loss)[None], of_valid])
 
 
 class HierarchicalState(NamedTuple):
@@ -366,7 +369,7 @@ def p2(lstm=64, units=32, form=Form(bound=5.0)):
     def update(theta, g, w, shapes, state, losses):
         g, rate = clipped(theta, g, state)
         memory = remembered(state.memory, g)
-        train, valid, losses = loss_features(state, losses, form.valid_decay)
+        train, valid, losses = loss_features(state, losses, form)
         t = memory[2]
         seen = Seen(g, w, *memory, form.time(t), shapes, losses)
         averaged = [row for f in form.rows for row in f(seen)]

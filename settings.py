@@ -62,6 +62,7 @@ class Settings:
     without: some_of(ADDITIONS) = flag((), "of what this project adds, names with commas, or all")
     tasks: FAMILIES = flag(("mlp",), "families, joined by commas, or all")
     num_tasks: SOME = flag(0, "tasks of each, against tuned Adam (0: ever new)")
+    few: number(float, 0, 1) = flag(0.0, "share of tasks with few examples to learn from")
     optimizer: tuple(model.LEARNED) = flag("hierarchical", "what to meta-train")
     estimator: ESTIMATORS = flag("truncated_backprop", "of the meta-gradient")
     target: tuple(evaluate.TARGETS) = flag("valid", "the loss it is for, held out or training")
@@ -85,6 +86,7 @@ class Settings:
     warmup: COUNT = flag(10, "outer steps in which its rate rises")
     decay_steps: POSITIVE = flag(32.0, "outer steps that halve that rate; then like 1 / step")
     averaging: ("later", "last") = flag("later", "of theta; the later ones count more, or all")
+    begin: str = flag("", "theta.npz of the same optimizer, to go on from")
     outer_optimizer: str = flag("", "theta.npz of a learned optimizer in the outer Adam's place")
     fit: SOME = flag(128, "tasks of each family that fit the step size at the end (0: none)")
     compare: number(int, 4, 10 ** 5) = flag(64, "held-out tasks of each, compared at the end")
@@ -109,6 +111,10 @@ def arguments(settings):
     """Of the optimizer to be learned; saved with it."""
     without = tuple(name for name in model.ADDITIONS if name in settings.without)
     return model.known(settings.optimizer, horizon=settings.horizon, without=without)
+
+
+def make_family(settings, name):
+    return tasks.few_examples(tasks.FAMILIES[name](), settings.few)
 
 
 def make_learned(settings):

@@ -13,6 +13,10 @@ import numpy as np
 from jax import lax, nn, random
 
 import data
+from parts import (
+    ACTIVATION, SCALE, chance, choice, cross_entropy, deep_net, dense, draw, first, hidden,
+    log_uniform, masked, often_zero, padded, patches, size, through, uniform)
+from tables import table_tasks
 
 VALID_EVERY = 10  # inner steps from one inner_valid batch to the next (P2 appendix C.1)
 
@@ -64,118 +68,29 @@ def inner_step(family, optimizer, task, inner, key):
     return Inner(params, opt_state, inner.step + 1)
 
 
-# ---------------------------------------------------------------- ranges of what a task draws
-
-def uniform(low, high):
-    return lambda u: low + (high - low) * u
+FEW = {"train": 1.0, "inner_valid": 0.1}  # of what is left, how much each of them sees
+FRACTION = log_uniform(0.005, 1.0)
 
 
-def log_uniform(low, high):
-    return lambda u: low * (high / low) ** u
+def few_examples(family, share):
+    """The family, but in such a share of its tasks a fraction of the examples is there to learn
+    from, and a tenth as many (at least one of a class) to validate."""
+    def sample(key, *shared):
+        u = random.uniform(random.fold_in(key, 1), (3,))
+        fraction = jnp.where(u[0] < share, FRACTION(u[1]), 1.0)
+        return family.sample(key, *shared) | {"fraction": fraction, "begin": u[2]}
+
+    return family._replace(sample=sample) if share else family
 
 
-def first(n, most):
-    """A mask of the first n of `most`."""
-    return jnp.arange(most) < n
+# ---------------------------------------------------------------- letters
 
-
-def size(low, high):
-    """Log-uniform and rounded, as a mask: so many of `high` are real, the others padding."""
-    value = log_uniform(low, high)
-    return lambda u: first(jnp.round(value(u)), high)
-
-
-def choice(n, first=0):
-    return lambda u: first + (n * u).astype(int)
-
-
-def chance(probability):
-    return lambda u: u < probability
-
-
-def often_zero(value):
-    """Zero in half of the tasks."""
-    return lambda u: jnp.where(u < 0.5, 0.0, value(2 * u - 1))
-
-
-def draw(key, ranges):
-    """{name: range} -> {name: range(u)}, u uniform in [0, 1)."""
-    u = random.uniform(key, (len(ranges),))
-    return {name: ranges[name](x) for name, x in zip(ranges, u)}
-
-
-ACTIVATIONS = (nn.relu, jnp.tanh, nn.silu, lambda x: nn.leaky_relu(x, 0.2))
-ACTIVATION = choice(len(ACTIVATIONS))
-SCALE = log_uniform(0.5, 2.0)
 NOISE = often_zero(uniform(0.0, 0.3))
 LETTERS = dict(
     input_scale=SCALE,
     input_noise=NOISE,  # standard deviation, fresh in every batch; ink is 1, paper 0
     label_noise=NOISE)  # share of training examples that are filed under a wrong class for good
-
-
-# ---------------------------------------------------------------- what the families share
-
-def masked(real, x):
-    """x where it is real, else 0."""
-    return jnp.where(jnp.broadcast_to(real, x.shape), x, 0.0)
-
-
-def padded(key, scale, layers):
-    """{name: (rows, columns)} -> weights, as `name`, and biases, as `name/b`.
-
-    Rows and columns are masks of what is real, or numbers where all are. Weights are normal of
-    standard deviation scale / sqrt(real rows), and zero in the padding; biases are zero.
-    """
-    masks = {}
-    for name, sides in layers.items():
-        rows, columns = (first(n, n) if isinstance(n, int) else n for n in sides)
-        masks[name] = jnp.outer(rows, columns)
-    draws = random.normal(key, (sum(real.size for real in masks.values()),))
-    params = {}
-    for name, real in masks.items():
-        w, draws = jnp.split(draws, [real.size])
-        fan_in = jnp.max(jnp.sum(real, 0), initial=1)
-        w = w.reshape(real.shape) * scale / jnp.sqrt(fan_in)
-        params[name] = masked(real, w)
-        params[f"{name}/b"] = jnp.zeros(real.shape[1])
-    return params
-
-
-def dense(params, name, x):
-    """[..., rows] -> [..., columns]."""
-    x = x @ params[name]
-    return x + jnp.broadcast_to(params[f"{name}/b"], x.shape)
-
-
-def hidden(task, params, name, x, real):
-    """A dense layer with the task's activation; all are computed, for backprop through a branch
-    costs more."""
-    x = dense(params, name, x)
-    return masked(real, lax.select_n(task["activation"], *(f(x) for f in ACTIVATIONS)))
-
-
-def patches(x, stride):
-    """The 3x3 neighbourhoods of every stride-th pixel: [B, H, W, C] -> [B, h, w, 9 C].
-
-    Around the image are zeros. A convolution is then one matmul; XLA's own has a slow gradient
-    inside a scan on a CPU.
-    """
-    height, width = x.shape[1:3]
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifted = [
-        x[:, i:i + height:stride, j:j + width:stride]
-        for i, j in np.ndindex(3, 3)]
-    return jnp.concatenate(shifted, -1)
-
-
-def cross_entropy(logits, y, real=None):
-    """Mean over what is real, in nats: logits [..., C], y [...] int, real [...]."""
-    labels = nn.one_hot(y, logits.shape[-1])
-    losses = -jnp.vecdot(labels, nn.log_softmax(logits))
-    return jnp.mean(losses, where=real)
-
-
+STRIDE = 5  # has no divisor with 24 or 504 in common
 CLASSES = 10  # letters of a task
 
 
@@ -198,10 +113,19 @@ def letter_tasks(pool, max_batch, ranges):
         _, classes = lax.top_k(u, CLASSES)
         return draw(key, ranges) | {"classes": classes}
 
+    def pick(task, split, u):
+        """An example of a class, u uniform in [0, 1): of those that the task has to learn from."""
+        n = images[split].shape[1]
+        if "fraction" not in task or split not in FEW:
+            return (u * n).astype(int)
+        count = jnp.clip(FEW[split] * task["fraction"] * examples, 1, n)
+        first = (task["begin"] * n).astype(int)
+        return (first + STRIDE * (u * count).astype(int)) % n
+
     def batch(task, key, split):
         u = random.uniform(key, (3, max_batch))
-        ends = np.float32([CLASSES, images[split].shape[1], len(noise)])
-        y, example, n = (u * ends[:, None]).astype(int)
+        y, n = (u[::2] * np.float32([[CLASSES], [len(noise)]])).astype(int)
+        example = pick(task, split, u[1])
         x = images[split][task["classes"][y], example]
         x = (x + task["input_noise"] * noise[n]) * task["input_scale"]
         if split == "train":
@@ -228,28 +152,45 @@ def mlp(pool="meta_train", max_depth=2, max_width=32, max_batch=64):
         init_scale=SCALE,  # standard deviation of a weight times sqrt(its fan-in)
         **LETTERS))
 
-    def units(task, i):
-        """A layer beyond the depth has none."""
-        return task[f"width{i}"] & (i < task["depth"])
-
     def init(task, key):
-        rows = units(task, 0)
-        layers = {"w0": (64, rows)}
-        for i in range(1, max_depth):
-            layers[f"w{i}"] = rows, units(task, i)
-            rows = jnp.where(i < task["depth"], units(task, i), rows)
-        layers["out"] = rows, CLASSES
-        return padded(key, task["init_scale"], layers)
+        return deep_net(task, key, 64, CLASSES, max_depth)
 
     def loss(task, params, batch):
         x, y, real = batch
-        x = hidden(task, params, "w0", x, units(task, 0))
-        for i in range(1, max_depth):
-            h = hidden(task, params, f"w{i}", x, units(task, i))
-            x = jnp.where(i < task["depth"], h, x)
-        return cross_entropy(dense(params, "out", x), y, real)
+        return cross_entropy(through(task, params, x, max_depth), y, real)
 
     return TaskFamily("mlp", sample, init, batch, loss)
+
+
+@functools.cache
+def table(pool="meta_train", max_inputs=256, max_width=16, max_batch=64):
+    """Fully connected nets on made-up tables, from 32 rows on, of 4 to 256 columns.
+
+    Batch: see `table_tasks`. Loss: mean cross-entropy, in nats; where a target is to be told, half
+    the squared error.
+    """
+    sample, batch = table_tasks(pool, max_inputs, max_batch, dict(
+        depth=choice(2, first=1),
+        width0=size(8, max_width),
+        width1=size(8, max_width),
+        activation=ACTIVATION,
+        batch_size=size(max_batch / 8, max_batch),
+        init_scale=SCALE))
+
+    def outputs(task):
+        return first(jnp.where(task["regression"], 1, task["classes"]), CLASSES)
+
+    def init(task, key):
+        return deep_net(task, key, task["inputs"], outputs(task), 2)
+
+    def loss(task, params, batch):
+        x, y, target, real = batch
+        out = through(task, params, x, 2)
+        error = 0.5 * jnp.mean((out[:, 0] - target) ** 2, where=real)
+        logits = jnp.where(outputs(task)[None], out, -1e9)
+        return jnp.where(task["regression"], error, cross_entropy(logits, y, real))
+
+    return TaskFamily("table", sample, init, batch, loss)
 
 
 @functools.cache
@@ -431,6 +372,8 @@ def rnn(pool="meta_train", max_width=16, max_embedding=12, max_length=16, max_ba
         rows = task["batch_size"] | (split != "train")
         real = jnp.outer(rows, task["length"])
         u = random.uniform(key, (max_batch, 1))
+        if "fraction" in task and split in FEW:
+            u = (task["begin"] + task["fraction"] * u) % 1
         start = (u * (len(text[split]) - max_length)).astype(int)
         return text[split][start + jnp.arange(max_length + 1)[None]], real
 
@@ -555,4 +498,4 @@ def function_loss(task, params, batch):
     return task["scale"] * value + push
 
 
-FAMILIES = {f.__name__: f for f in (mlp, conv, autoencoder, rnn, function)}
+FAMILIES = {f.__name__: f for f in (mlp, conv, autoencoder, rnn, function, table)}

@@ -174,6 +174,13 @@ def test_a_truncation_is_the_horizon_unless_something_else_is_said(
     assert meta_train.parse(argparse.ArgumentParser())[0].truncation == truncation
 
 
+def test_a_run_can_begin_with_an_optimizer_that_is_there(toys, small):
+    settings = dataclasses.replace(SETTINGS, begin=str(small / "theta.npz"))
+    run = make_outer(settings)[0](random.key(5))
+    _, theta = model.load(settings.begin)
+    assert tree.all(tree.map(np.array_equal, run.theta, theta)) and run.step == 0
+
+
 def interrupted(monkeypatch, interruption):
     """interruption(run) before each outer step; it may return another Run."""
     begin, steps = make_outer(SETTINGS)
@@ -258,7 +265,8 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --coordinator here:80 --processes 2 --process 2;
     --coordinator here:80 --processes 2 --process -1; --num-tasks {2 ** 31}; --num-tasks -1;
     --num-pairs {2 ** 31 - 1}; --devices 1000000; --horizon 0; --horizon {2 ** 31};
-    --truncation 0; --b1 1; --outer-loss root; --save-seconds 0; --adjoint 0; --learning-rate -1""",
+    --truncation 0; --b1 1; --outer-loss root; --save-seconds 0; --adjoint 0; --learning-rate -1;
+    --begin missing.npz; --begin foreign.npz; --begin theta.npz""",
          "evaluate": f"""missing.npz; foreign.npz; other.npz; --tasks 3; --tasks 0; --tasks many;
     theta.npz --horizon 30; --nonsense; --family chess; --seed {2 ** 31};
     theta.npz --data missing.npz; theta.npz --data other.npz; theta.npz --data missing.csv;

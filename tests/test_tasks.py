@@ -12,6 +12,7 @@ from jax import random, tree
 import data
 import machine
 import model
+import parts
 import tasks
 
 LETTERS = "03b9d407d8b1b8182d2d1a16deb63409de266572a374cfb5dc229099d3808417"
@@ -51,7 +52,8 @@ def test_tasks_differ_but_not_those_of_one_key_and_the_held_out_pool_has_other_d
     assert program(make.__wrapped__()) == program(make()) != program(make("held_out"))
     flat = np.concatenate([np.float64(x).reshape(N, -1) for x in task.values()], 1)
     assert len(np.unique(flat, axis=0)) == N
-    assert all(len(set(row.tolist())) == 10 for row in task.get("classes", [np.arange(10)]))
+    letters = np.ndim(task.get("classes")) == 2
+    assert not letters or all(len(set(row.tolist())) == 10 for row in task["classes"])
 
 
 def padding(params):
@@ -88,6 +90,15 @@ def plain_mlp(task, p, batch):
     for i in range(task["depth"]):
         x = ACTIVATIONS[task["activation"]](x @ p[f"w{i}"] + p[f"w{i}/b"])
     return nll(x @ p["out"] + p["out/b"], y)[real].mean()
+
+
+def plain_table(task, p, batch):
+    x, y, target, real = batch
+    for i in range(task["depth"]):
+        x = ACTIVATIONS[task["activation"]](x @ p[f"w{i}"] + p[f"w{i}/b"])
+    out = x @ p["out"] + p["out/b"]
+    losses = nll(out[:, :task["classes"]], y)
+    return (0.5 * (out[:, 0] - target) ** 2 if task["regression"] else losses)[real].mean()
 
 
 def plain_conv(task, p, batch):
@@ -155,7 +166,7 @@ def plain_function(task, p, batch):
 
 @pytest.mark.parametrize("name, varied, values", [
     ("mlp", "activation", 4), ("conv", "strides", 3), ("autoencoder", "output", 3),
-    ("rnn", "core", 3), ("function", "kind", 7)])
+    ("rnn", "core", 3), ("function", "kind", 7), ("table", "regression", 2)])
 def test_the_loss_against_plain_numpy(name, varied, values):
     task, params, batch = drawn(name)
     shaken = {k: params[k] + 0.3 * ~mask for k, mask in padding(params).items() if k[-2:] == "/b"}
@@ -198,7 +209,7 @@ def test_splits_share_no_font_and_alphabets_no_letter_and_each_letter_has_ink():
 def test_batches_come_from_their_split_with_the_tasks_noise():
     batch, none = jax.jit(tasks.mlp().batch, static_argnums=2), jnp.float32(0)
     task = rows(drawn("mlp")[0], 5) | dict(
-        batch_size=tasks.first(13, 64), input_noise=none, label_noise=none)
+        batch_size=parts.first(13, 64), input_noise=none, label_noise=none, examples=none + 504)
     noisy, wrong = task | dict(input_noise=none + 0.2), task | dict(label_noise=none + 0.25)
     for split in data.SPLITS:  # train comes first
         shifts = (-1, 0, 1) if split == "train" else (0,)
@@ -221,6 +232,60 @@ def test_batches_come_from_their_split_with_the_tasks_noise():
     examples = [(label.item(), image.tobytes()) for label, image in zip(y, x)]
     filed = dict(zip(examples, y2[:, 0]))
     assert [filed[example] for example in examples] == y2[:, 0].tolist()  # for good
+
+
+def distinct(batch, task, split):
+    """What many batches of a task hold: the set of their rows."""
+    found = jax.vmap(lambda key: batch(task, key, split))(random.split(random.key(1), 100))
+    flat = [np.array(x).reshape(100 * len(x[0]), -1) for x in found]
+    return {row.tobytes() for row in np.concatenate([np.float32(x) for x in flat], 1)}
+
+
+def test_a_task_to_learn_from_has_few_examples():
+    batch, none = jax.jit(tasks.mlp().batch, static_argnums=2), jnp.float32(0)
+    task = rows(drawn("mlp")[0], 5) | dict(
+        batch_size=parts.first(64, 64), input_noise=none, label_noise=none, examples=none + 40)
+    numbers = [len(distinct(batch, task, split)) for split in data.SPLITS]
+    assert numbers == [400, 40, *numbers[2:]] and min(numbers[2:]) > 200
+    few = [len(distinct(batch, task | {"examples": none + n}, "train")) for n in (3, 504)]
+    assert few[0] == 30 and few[1] > 1000
+    assert "examples" not in tasks.mlp("held_out").sample(random.key(0))
+
+    text, task = data.texts("meta_train"), rows(drawn("rnn")[0], 0)
+    batch = jax.jit(lambda *given: tasks.rnn().batch(*given)[:1], static_argnums=2)
+    task["share"] = none + 1e-3
+    assert 150 < len(distinct(batch, task, "train")) <= 0.001 * len(text["train"]) + 1
+    assert len(distinct(batch, task, "outer_valid")) > 390
+
+
+def test_tables_are_what_they_are_said_to_be():
+    rng = np.random.default_rng(data.POOLS.index("meta_train"))
+    own, both, luck = (rng.standard_normal((4096, n)) for n in (256, 4, 10))
+    batch, task = jax.jit(tasks.table().batch, static_argnums=2), rows(drawn("table")[0], 1)
+    plain = task | dict(kinds=jnp.zeros(256, int), inputs=parts.first(256, 256),
+                        examples=jnp.float32(90), common=jnp.float32(0.6), luck=jnp.float32(0.5),
+                        rare=jnp.float32(1.5), classes=jnp.int32(3))
+    T, where = tree.map(np.float64, plain), {}
+    shown = 0.4 ** 0.5 * own + 0.6 ** 0.5 * both @ T["loads"]
+    says = np.tanh(T["bend"] * shown @ T["a"]) @ T["b"] - T["middle"] + 0.5 * luck
+    for split in data.SPLITS:
+        found = jax.vmap(lambda key: batch(plain, key, split))(random.split(random.key(1), 20))
+        x, y, target = (np.array(a).reshape(20 * 64, -1) for a in found[:3])
+        index = np.abs(np.clip(shown, -10, 10)[:, None, :3] - x[None, :, :3]).sum(-1).argmin(0)
+        np.testing.assert_allclose(x, np.clip(shown, -10, 10)[index], atol=1e-4)
+        np.testing.assert_allclose(target[:, 0], says[index, 0] / 1.25 ** 0.5, atol=1e-3)
+        best = (says[index, :3] - [0, 0.75, 1.5]).argmax(1)
+        assert (y[:, 0] == best).mean() > 0.999
+        where[split] = set(index.tolist())
+    assert [len(where[split]) for split in ("train", "inner_valid")] == [90, 9]
+    assert sum(map(len, where.values())) == len(set().union(*where.values()))
+    kinds = jnp.arange(256) % 6
+    whole = plain | dict(kinds=kinds, examples=jnp.float32(2700), common=jnp.float32(0))
+    x = jax.vmap(lambda key: batch(whole, key, "train")[0])(random.split(random.key(1), 200))
+    x = np.array(x).reshape(-1, 256)
+    for i, size in enumerate((1, 0.95, 0.90, 1, 1, 0)):  # what is huge is cut off at 10
+        mean, power = x[:, kinds == i].mean(), (x[:, kinds == i] ** 2).mean()
+        assert abs(mean) < 0.03 and abs(power - size) < 0.05
 
 
 def test_no_60_characters_in_a_row_are_in_two_pools_or_splits():

@@ -1,0 +1,125 @@
+"""Tables of numbers, made up: columns of every kind, and classes or a target that some of them
+tell. Rows are drawn once; what a task makes of them is its own."""
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax, random
+
+import data
+from parts import chance, choice, draw, first, log_uniform, masked, often_zero, size, uniform
+
+ROWS = {"train": (0, 3072), "outer_valid": (3072, 512), "test": (3584, 512)}  # first, how many
+CLASSES = 10  # at most
+COLUMNS = (  # what is shown of a standard normal number, at mean 0 and variance 1 again
+    lambda x: x,
+    lambda x: x ** 3 / np.sqrt(15),                                    # a few are huge
+    lambda x: (jnp.exp(x) - np.exp(0.5)) / np.sqrt(np.exp(2) - np.e),  # amounts
+    jnp.sign,                                                          # yes or no
+    lambda x: jnp.where(x > 1.5, 3.74, -0.268),                        # rarely yes
+    jnp.zeros_like)                                                    # always the same
+RANGES = dict(
+    examples=log_uniform(32.0, 2700.0),      # rows to train on; a tenth as many others to validate
+    regression=chance(1 / 3),
+    classes=choice(CLASSES - 1, first=2),
+    apart=often_zero(log_uniform(1.0, 10.0)),  # classes' centres, in deviations of their rows
+    rare=often_zero(uniform(0.0, 2.0)),        # the last class, against the first, in deviations
+    luck=often_zero(log_uniform(0.1, 2.0)),  # deviation of what no column tells
+    common=often_zero(uniform(0.0, 0.9)),    # share of variance that columns have in common
+    useful=uniform(0.1, 1.0),                # share of columns that tell something
+    bend=log_uniform(0.3, 3.0))              # of the net that is to be found
+
+
+class Numbers(NamedTuple):
+    """Standard normal, for each row."""
+    own: jax.Array   # [rows, inputs]
+    both: jax.Array  # [rows, 4], what columns have in common
+    luck: jax.Array  # [rows, CLASSES]
+    group: jax.Array  # [rows], uniform in [0, 1)
+
+
+def numbers(pool, inputs):
+    rng = np.random.default_rng(data.POOLS.index(pool))
+    normal = (rng.standard_normal((4096, n)) for n in (inputs, 4, CLASSES))
+    return Numbers(*map(jnp.float32, normal), jnp.float32(rng.uniform(size=4096)))
+
+
+def columns(made, task, row):
+    """What is behind the numbers that are shown, [B, inputs]."""
+    common = task["common"]
+    both = made.both[row] @ task["loads"]
+    x = jnp.sqrt(1 - common) * made.own[row] + jnp.sqrt(common) * both
+    return (x + task["centers"][group(made, task, row)]) / task["spread"]
+
+
+def group(made, task, row):
+    """The classes of rows, where each class has a center of its own."""
+    u = made.group[row] ** (1 + task["rare"])
+    return (u * task["classes"]).astype(int)
+
+
+def told(made, task, row):
+    """What the net that is to be found says of each class, or first of the target: [B, CLASSES]."""
+    x = columns(made, task, row) @ task["a"]
+    return jnp.tanh(task["bend"] * x) @ task["b"]
+
+
+def table_tasks(pool, inputs, max_batch, ranges):
+    """-> (sample, batch) of tables of up to so many columns.
+
+    A task draws RANGES and these ranges; batch_size must be among them. A batch is numbers
+    [B, inputs], classes [B], targets [B], of variance 1 about, and a mask [B] as of letters.
+    """
+    made = numbers(pool, inputs)
+    ranges = dict(inputs=size(4, inputs)) | RANGES | ranges
+
+    def sample(key):
+        keys = random.split(key, 6)
+        task = draw(keys[0], ranges)
+        u = random.uniform(keys[1], (3, inputs))
+        loads = random.normal(keys[2], (4, inputs))
+        useful = (u[0] < task["useful"]) | first(1, inputs)
+        useful &= task["inputs"]
+        a = random.normal(keys[3], (inputs, 16))
+        a /= jnp.sqrt(jnp.sum(useful))
+        apart = task["apart"] / jnp.sqrt(jnp.sum(useful)) * useful
+        centers = random.normal(keys[5], (CLASSES, inputs))
+        task |= dict(
+            centers=apart * centers,
+            spread=jnp.sqrt(1 + apart ** 2),
+            first=(u[1, 0] * ROWS["train"][1]).astype(int),
+            kinds=(u[2] * len(COLUMNS)).astype(int),
+            loads=loads / jnp.linalg.norm(loads, axis=0, keepdims=True),
+            a=masked(useful[:, None], a),
+            b=random.normal(keys[4], (16, CLASSES)))
+        says = told(made, task, jnp.arange(512))
+        b = task["b"] / jnp.std(says, 0, keepdims=True)
+        return task | dict(b=b, middle=jnp.mean(says, 0) / jnp.std(says, 0))
+
+    def batch(task, key, split):
+        row = picked(task, split, random.uniform(key, (max_batch,)))
+        x = columns(made, task, row)
+        kinds = jnp.broadcast_to(task["kinds"], x.shape)
+        x = lax.select_n(kinds, *(f(x) for f in COLUMNS))
+        x = jnp.clip(x, -10, 10)
+        says = told(made, task, row) - task["middle"][None] + task["luck"] * made.luck[row]
+        target = says[:, 0] * lax.rsqrt(1 + task["luck"] ** 2)
+        falling = task["rare"] * jnp.arange(CLASSES) / (task["classes"] - 1)
+        there = first(task["classes"], CLASSES)[None]
+        y = jnp.argmax(jnp.where(there, says - falling[None], -jnp.inf), 1)
+        y = jnp.where(task["apart"] > 0, group(made, task, row), y)
+        x = masked(task["inputs"][None], x)
+        return x, y, target, task["batch_size"] | (split != "train")
+
+    return sample, batch
+
+
+def picked(task, split, u):
+    """The rows that u, uniform in [0, 1), stands for."""
+    if split in ROWS and split != "train":
+        begin, count = ROWS[split]
+        return begin + (count * u).astype(int)
+    n = task["examples"]
+    row = n + n / 10 * u if split == "inner_valid" else n * u
+    return (task["first"] + row.astype(int)) % ROWS["train"][1]
