@@ -9,6 +9,7 @@ import os
 import timeit
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -406,12 +407,28 @@ def wall_clock(seed, path):
         yield "test loss of a conv net against seconds", name, x, tests
 
 
+def own_data(seed, path, families):
+    """Your own files, by name: eight starts of a small net on each; the baselines' rates are the best of ten
+    for each start. Losses count over their start, as at least 0.02."""
+    baselines = {name: evaluate.BASELINES[name] for name in ("Adam + cosine", "Muon + cosine")}
+    for name, family in families.items():
+        curves = compare(family, *model.load(path, HORIZON), 8, HORIZON, seed, baselines)
+        ends = {}
+        for line, c in curves.items():
+            tests = evaluate.tuned(c[..., 1], evaluate.final_loss)  # [starts, points]
+            tests = np.maximum(tests / tests[:, :1], 0.02)
+            yield f"{name}: test loss", line, EVERY * np.arange(tests.shape[1]), tests
+            ends[line] = np.log(tests[:, -1])
+        ratio = np.exp(np.mean(ends["learned"] - ends["Adam + cosine"]))
+        yield "final test loss / that of Adam + cosine", "learned", name, ratio
+
+
 # ---------------------------------------------------------------- the command line
 
 STUDIES = (landscape, truncation_bias, variance, cost, race, ablation, architectures, num_tasks,
            targets)
 BEHAVIOURS = (generalisation, regularisation, adaptation, validation_feature, wall_clock,
-              self_training)
+              self_training, own_data)
 LOGARITHMIC = variance, targets, adaptation
 EXPERIMENTS = {f.__name__.replace("_", "-"): f for f in STUDIES + BEHAVIOURS}
 
@@ -422,6 +439,7 @@ def main():
     add("name", choices=EXPERIMENTS)
     add("--theta", help="FILE whose behaviour it is, for "
                         f"{', '.join(name for name, f in EXPERIMENTS.items() if f in BEHAVIOURS)}")
+    add("--data", nargs="+", metavar="FILE", help="whose learning curves own-data draws")
     add("--seed", type=int, default=0, help="of everything random")
     add("--out", default="figures", help="folder for the picture and the table")
     o = parser.parse_args()
@@ -433,6 +451,11 @@ def main():
             model.load(given[1])  # a wrong file is found at once
         elif o.theta:
             raise ValueError(f"{o.name} is not about a learned optimizer: leave --theta away.")
+        if (experiment is own_data) != bool(o.data):
+            raise ValueError("own-data, and no other, needs --data FILE, one or more.")
+        if o.data:
+            given.append({
+                Path(x).stem: own.family(own.understood(own.read(x))) for x in o.data})
         os.makedirs(o.out, exist_ok=True)
         for panel, line, x, y in experiment(*given):
             print(panel, line, x, y, flush=True)

@@ -50,7 +50,7 @@ def columns(made, task, row):
     common = task["common"]
     both = made.both[row] @ task["loads"]
     x = jnp.sqrt(1 - common) * made.own[row] + jnp.sqrt(common) * both
-    return (x + task["centers"][group(made, task, row)]) / task["spread"]
+    return (x + task["centers"][group(made, task, row)]) / task["spread"][None]
 
 
 def group(made, task, row):
@@ -86,7 +86,7 @@ def table_tasks(pool, inputs, max_batch, ranges):
         apart = task["apart"] / jnp.sqrt(jnp.sum(useful)) * useful
         centers = random.normal(keys[5], (CLASSES, inputs))
         task |= dict(
-            centers=apart * centers,
+            centers=apart[None] * centers,
             spread=jnp.sqrt(1 + apart ** 2),
             first=(u[1, 0] * ROWS["train"][1]).astype(int),
             kinds=(u[2] * len(COLUMNS)).astype(int),

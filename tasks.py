@@ -72,13 +72,15 @@ FEW = {"train": 1.0, "inner_valid": 0.1}  # of what is left, how much each of th
 FRACTION = log_uniform(0.005, 1.0)
 
 
+@functools.cache
 def few_examples(family, share):
     """The family, but in such a share of its tasks a fraction of the examples is there to learn
     from, and a tenth as many (at least one of a class) to validate."""
     def sample(key, *shared):
         u = random.uniform(random.fold_in(key, 1), (3,))
         fraction = jnp.where(u[0] < share, FRACTION(u[1]), 1.0)
-        return family.sample(key, *shared) | {"fraction": fraction, "begin": u[2]}
+        task = family.sample(key, *shared)
+        return task | {"fraction": fraction, "begin": u[2]} if isinstance(task, dict) else task
 
     return family._replace(sample=sample) if share else family
 

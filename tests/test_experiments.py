@@ -28,3 +28,16 @@ def test_the_command_writes_a_picture_and_a_table(tmp_path, monkeypatch):
             ["panel", "line", "x", "y"], ["a panel", "a line", "0", "2.5"],
             ["a panel", "a line", "1", "3.5"], ["a panel", "another", "word", "7"]]
     assert (out / "landscape.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_own_files_are_judged_by_their_ends(monkeypatch):
+    def curves(*ends):  # [2 starts, 2 rates, 2 points, 2 splits], the second rate diverging
+        start = np.float32([2, 4])
+        losses = np.stack([start, start * np.float32(ends)], 1)
+        return np.stack([losses, losses * [1, 7]], 1)[..., None] * np.float32([np.nan, 1])
+
+    found = {"Adam + cosine": curves(0.4, 0.2), "learned": curves(0.1, 0.001)[:, :1]}
+    monkeypatch.setattr(experiments, "compare", lambda *how: found)
+    monkeypatch.setattr(experiments.model, "load", lambda *how: (None, None))
+    *_, last = experiments.own_data(0, "", {"mine": None})
+    np.testing.assert_allclose(last[3], ((0.1 / 0.4) * (0.02 / 0.2)) ** 0.5, rtol=1e-6)

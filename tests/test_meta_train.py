@@ -266,7 +266,7 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --coordinator here:80 --processes 2 --process -1; --num-tasks {2 ** 31}; --num-tasks -1;
     --num-pairs {2 ** 31 - 1}; --devices 1000000; --horizon 0; --horizon {2 ** 31};
     --truncation 0; --b1 1; --outer-loss root; --save-seconds 0; --adjoint 0; --learning-rate -1;
-    --begin missing.npz; --begin foreign.npz; --begin theta.npz""",
+    --few 1.1; --begin missing.npz; --begin foreign.npz; --begin theta.npz""",
          "evaluate": f"""missing.npz; foreign.npz; other.npz; --tasks 3; --tasks 0; --tasks many;
     theta.npz --horizon 30; --nonsense; --family chess; --seed {2 ** 31};
     theta.npz --data missing.npz; theta.npz --data other.npz; theta.npz --data missing.csv;
@@ -275,7 +275,8 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     theta.npz --net rnn; theta.npz theta.npz;
     theta.npz --picture no/such/folder/picture.png; theta.npz --json no/such/folder/table.json""",
          "experiments": """nothing; landscape --seed x; landscape --theta theta.npz;
-    landscape --out file/x; regularisation --theta missing.npz; wall-clock --theta foreign.npz"""}
+    landscape --out file/x; regularisation --theta missing.npz; wall-clock --theta foreign.npz;
+    own-data; landscape --data other.npz; own-data --data missing.npz; own-data --data other.npz"""}
 
 
 @pytest.mark.parametrize("program", WRONG)

@@ -393,7 +393,7 @@ def test_when_it_is_time_to_go_back():
 
 
 def test_neither_noise_nor_one_outlier_ends_a_training():
-    """Noise of a tenth of the first loss, on a plateau of 400 or 2,000: two of a hundred may end."""
+    """Noise of a tenth of the first loss, on plateaus of 400 or 2,000: two of a hundred may end."""
     optimizer, zero = model.going_back(STILL), jnp.float32(0)
 
     def ends(losses):
@@ -460,16 +460,13 @@ def test_any_structure_vmap_and_grad():
     assert all(np.isfinite(x).all() for x in slope.values()) and not slope["log_bias"].any()
 
 
-@pytest.mark.parametrize("kind, most", [("muon", 1e-5), ("ours", 0.7)])
-def test_what_padding_changes(kind, most):
-    """Nothing; but what is known of a whole tensor is diluted, and so our steps change."""
-    theta = {k: 0.1 * x for k, x in filled(LEARNED[0])[0].items()}
-    make = (lambda _: model.muon(0.01)) if kind == "muon" else LEARNED[0].optimizer
+def test_padding_changes_nothing_for_muon():
+    make = lambda _: model.muon(0.01)
     params, grads = drawn()[0]["matrix"][2:], drawn()[1]["matrix"][:, 2:]
-    (plain,), _ = run(make, theta, [params], ([grads],))
+    (plain,), _ = run(make, {}, [params], ([grads],))
     params, grads = np.pad(params, ((0, 4), (2, 0))), np.pad(grads, ((0, 0), (0, 4), (2, 0)))
-    (found,), _ = run(make, theta, [params], ([grads],))
-    assert np.linalg.norm(found[:, :3, 2:] - plain) < most * np.linalg.norm(plain)
+    (found,), _ = run(make, {}, [params], ([grads],))
+    close(found[:, :3, 2:], plain, 1e-5)
 
 
 def steps(path, horizon):

@@ -13,6 +13,7 @@ import data
 import machine
 import model
 import parts
+import settings
 import tasks
 
 LETTERS = "03b9d407d8b1b8182d2d1a16deb63409de266572a374cfb5dc229099d3808417"
@@ -209,7 +210,7 @@ def test_splits_share_no_font_and_alphabets_no_letter_and_each_letter_has_ink():
 def test_batches_come_from_their_split_with_the_tasks_noise():
     batch, none = jax.jit(tasks.mlp().batch, static_argnums=2), jnp.float32(0)
     task = rows(drawn("mlp")[0], 5) | dict(
-        batch_size=parts.first(13, 64), input_noise=none, label_noise=none, examples=none + 504)
+        batch_size=parts.first(13, 64), input_noise=none, label_noise=none)
     noisy, wrong = task | dict(input_noise=none + 0.2), task | dict(label_noise=none + 0.25)
     for split in data.SPLITS:  # train comes first
         shifts = (-1, 0, 1) if split == "train" else (0,)
@@ -241,30 +242,37 @@ def distinct(batch, task, split):
     return {row.tobytes() for row in np.concatenate([np.float32(x) for x in flat], 1)}
 
 
-def test_a_task_to_learn_from_has_few_examples():
-    batch, none = jax.jit(tasks.mlp().batch, static_argnums=2), jnp.float32(0)
-    task = rows(drawn("mlp")[0], 5) | dict(
-        batch_size=parts.first(64, 64), input_noise=none, label_noise=none, examples=none + 40)
-    numbers = [len(distinct(batch, task, split)) for split in data.SPLITS]
-    assert numbers == [400, 40, *numbers[2:]] and min(numbers[2:]) > 200
-    few = [len(distinct(batch, task | {"examples": none + n}, "train")) for n in (3, 504)]
-    assert few[0] == 30 and few[1] > 1000
-    assert "examples" not in tasks.mlp("held_out").sample(random.key(0))
+def test_few_examples_are_all_that_is_seen_in_training_and_validating():
+    family = settings.make_family(settings.Settings(few=0.5), "mlp")
+    drawn_fractions = jax.vmap(family.sample)(random.split(random.key(0), 400))["fraction"]
+    assert 0.4 < (drawn_fractions == 1).mean() < 0.6 and 0.005 <= drawn_fractions.min() < 0.01
+    assert tasks.few_examples(tasks.mlp(), 0.0) is tasks.mlp()
 
-    text, task = data.texts("meta_train"), rows(drawn("rnn")[0], 0)
+    batch, none = jax.jit(family.batch, static_argnums=2), jnp.float32(0)
+    task = rows(drawn("mlp")[0], 5) | dict(
+        batch_size=parts.first(64, 64), input_noise=none, label_noise=none, begin=none + 0.3)
+    few, fewest, all_of_them = (task | {"fraction": none + x} for x in (39.9 / 504, 2.9 / 504, 1))
+    numbers = [len(distinct(batch, few, split)) for split in data.SPLITS]
+    assert numbers[:2] == [400, 40] and min(numbers[2:]) > 200
+    assert [len(distinct(batch, fewest, split)) for split in data.SPLITS[:2]] == [30, 10]
+    assert len(distinct(batch, all_of_them, "train")) > 1000
+
+    text = data.texts("meta_train")
     batch = jax.jit(lambda *given: tasks.rnn().batch(*given)[:1], static_argnums=2)
-    task["share"] = none + 1e-3
-    assert 150 < len(distinct(batch, task, "train")) <= 0.001 * len(text["train"]) + 1
+    task = rows(drawn("rnn")[0], 0) | dict(fraction=none + 1e-3, begin=none + 0.9995)
+    assert 150 < len(distinct(batch, task, "train")) <= 0.001 * len(text["train"]) + 2
     assert len(distinct(batch, task, "outer_valid")) > 390
 
 
 def test_tables_are_what_they_are_said_to_be():
     rng = np.random.default_rng(data.POOLS.index("meta_train"))
     own, both, luck = (rng.standard_normal((4096, n)) for n in (256, 4, 10))
+    u = rng.uniform(size=4096)
     batch, task = jax.jit(tasks.table().batch, static_argnums=2), rows(drawn("table")[0], 1)
     plain = task | dict(kinds=jnp.zeros(256, int), inputs=parts.first(256, 256),
                         examples=jnp.float32(90), common=jnp.float32(0.6), luck=jnp.float32(0.5),
-                        rare=jnp.float32(1.5), classes=jnp.int32(3))
+                        rare=jnp.float32(1.5), classes=jnp.int32(3), apart=jnp.float32(0),
+                        centers=jnp.zeros((10, 256)), spread=jnp.ones(256))
     T, where = tree.map(np.float64, plain), {}
     shown = 0.4 ** 0.5 * own + 0.6 ** 0.5 * both @ T["loads"]
     says = np.tanh(T["bend"] * shown @ T["a"]) @ T["b"] - T["middle"] + 0.5 * luck
@@ -279,6 +287,14 @@ def test_tables_are_what_they_are_said_to_be():
         where[split] = set(index.tolist())
     assert [len(where[split]) for split in ("train", "inner_valid")] == [90, 9]
     assert sum(map(len, where.values())) == len(set().union(*where.values()))
+    centers, group = 2 * np.eye(10, 256), (u ** 2.5 * 3).astype(int)
+    around = plain | dict(
+        apart=jnp.float32(2), centers=jnp.float32(centers), spread=jnp.full(256, 3.0))
+    x, y, *_ = map(np.array, batch(around, random.key(0), "test"))
+    near = (shown + centers[group]) / 3
+    index = np.abs(near[:, None] - x).sum(-1).argmin(0)
+    assert (np.bincount(y) > 2).all() and y.tolist() == group[index].tolist()
+    np.testing.assert_allclose(x, near[index], atol=1e-4)
     kinds = jnp.arange(256) % 6
     whole = plain | dict(kinds=kinds, examples=jnp.float32(2700), common=jnp.float32(0))
     x = jax.vmap(lambda key: batch(whole, key, "train")[0])(random.split(random.key(1), 200))
