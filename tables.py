@@ -1,5 +1,5 @@
-"""Tables of numbers, made up: columns of every kind, and classes or a target that some of them
-tell. Rows are drawn once; what a task makes of them is its own."""
+"""Tables of numbers, made up: columns of every kind, and classes or a target that what is behind
+some of them tells. Rows are drawn once; what a task makes of them is its own."""
 from typing import NamedTuple
 
 import jax
@@ -10,9 +10,10 @@ from jax import lax, random
 import data
 from parts import chance, choice, draw, first, log_uniform, masked, often_zero, size, uniform
 
-ROWS = {"train": (0, 3072), "outer_valid": (3072, 512), "test": (3584, 512)}  # first, how many
+TRAIN = 3072  # the first rows: to train on and to validate with
+ROWS = {"outer_valid": (3072, 512), "test": (3584, 512)}  # first, how many
 CLASSES = 10  # at most
-COLUMNS = (  # what is shown of a standard normal number, at mean 0 and variance 1 again
+COLUMNS = (  # what is shown of a standard normal number, mostly at mean 0 and variance 1 again
     lambda x: x,
     lambda x: x ** 3 / np.sqrt(15),                                    # a few are huge
     lambda x: (jnp.exp(x) - np.exp(0.5)) / np.sqrt(np.exp(2) - np.e),  # amounts
@@ -23,8 +24,8 @@ RANGES = dict(
     examples=log_uniform(32.0, 2700.0),      # rows to train on; a tenth as many others to validate
     regression=chance(1 / 3),
     classes=choice(CLASSES - 1, first=2),
-    apart=often_zero(log_uniform(1.0, 10.0)),  # classes' centres, in deviations of their rows
-    rare=often_zero(uniform(0.0, 2.0)),        # the last class, against the first, in deviations
+    apart=often_zero(log_uniform(1.0, 10.0)),  # centers of classes, in deviations, if any
+    rare=often_zero(uniform(0.0, 2.0)),      # how much rarer the last class is than the first
     luck=often_zero(log_uniform(0.1, 2.0)),  # deviation of what no column tells
     common=often_zero(uniform(0.0, 0.9)),    # share of variance that columns have in common
     useful=uniform(0.1, 1.0),                # share of columns that tell something
@@ -69,7 +70,7 @@ def table_tasks(pool, inputs, max_batch, ranges):
     """-> (sample, batch) of tables of up to so many columns.
 
     A task draws RANGES and these ranges; batch_size must be among them. A batch is numbers
-    [B, inputs], classes [B], targets [B], of variance 1 about, and a mask [B] as of letters.
+    [B, inputs], classes [B], targets [B], of variance about 1, and a mask [B] as of letters.
     """
     made = numbers(pool, inputs)
     ranges = dict(inputs=size(4, inputs)) | RANGES | ranges
@@ -88,7 +89,7 @@ def table_tasks(pool, inputs, max_batch, ranges):
         task |= dict(
             centers=apart[None] * centers,
             spread=jnp.sqrt(1 + apart ** 2),
-            first=(u[1, 0] * ROWS["train"][1]).astype(int),
+            first=(u[1, 0] * TRAIN).astype(int),
             kinds=(u[2] * len(COLUMNS)).astype(int),
             loads=loads / jnp.linalg.norm(loads, axis=0, keepdims=True),
             a=masked(useful[:, None], a),
@@ -117,9 +118,9 @@ def table_tasks(pool, inputs, max_batch, ranges):
 
 def picked(task, split, u):
     """The rows that u, uniform in [0, 1), stands for."""
-    if split in ROWS and split != "train":
+    if split in ROWS:
         begin, count = ROWS[split]
         return begin + (count * u).astype(int)
-    n = task["examples"]
+    n = jnp.floor(task["examples"])
     row = n + n / 10 * u if split == "inner_valid" else n * u
-    return (task["first"] + row.astype(int)) % ROWS["train"][1]
+    return (task["first"] + row.astype(int)) % TRAIN

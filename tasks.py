@@ -68,16 +68,16 @@ def inner_step(family, optimizer, task, inner, key):
     return Inner(params, opt_state, inner.step + 1)
 
 
-FEW = {"train": 1.0, "inner_valid": 0.1}  # of what is left, how much each of them sees
+FEW = {"train": 1.0, "inner_valid": 0.1}  # letters to train on and, for each, to validate with
 FRACTION = log_uniform(0.005, 1.0)
 
 
 @functools.cache
 def few_examples(family, share):
-    """The family, but in such a share of its tasks a fraction of the examples is there to learn
-    from, and a tenth as many (at least one of a class) to validate."""
+    """The family, but in such a share of its tasks only a fraction of the examples is there to
+    train on, and to validate with."""
     def sample(key, *shared):
-        u = random.uniform(random.fold_in(key, 1), (3,))
+        u = random.uniform(random.fold_in(key, 2 ** 31), (3,))  # no other number of the task's
         fraction = jnp.where(u[0] < share, FRACTION(u[1]), 1.0)
         task = family.sample(key, *shared)
         return task | {"fraction": fraction, "begin": u[2]} if isinstance(task, dict) else task
@@ -166,7 +166,7 @@ def mlp(pool="meta_train", max_depth=2, max_width=32, max_batch=64):
 
 @functools.cache
 def table(pool="meta_train", max_inputs=256, max_width=16, max_batch=64):
-    """Fully connected nets on made-up tables, from 32 rows on, of 4 to 256 columns.
+    """Fully connected nets on made-up tables of 32 to 2,700 rows, 4 to 256 columns.
 
     Batch: see `table_tasks`. Loss: mean cross-entropy, in nats; where a target is to be told, half
     the squared error.

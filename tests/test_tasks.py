@@ -244,8 +244,11 @@ def distinct(batch, task, split):
 
 def test_few_examples_are_all_that_is_seen_in_training_and_validating():
     family = settings.make_family(settings.Settings(few=0.5), "mlp")
-    drawn_fractions = jax.vmap(family.sample)(random.split(random.key(0), 400))["fraction"]
-    assert 0.4 < (drawn_fractions == 1).mean() < 0.6 and 0.005 <= drawn_fractions.min() < 0.01
+    many = jax.vmap(family.sample)(random.split(random.key(0), 400))
+    fraction = many["fraction"]
+    assert 0.4 < (fraction == 1).mean() < 0.6 and 0.005 <= fraction.min() < 0.01
+    other = np.stack([many["depth"], many["width0"].sum(1), many["init_scale"], many["begin"]])
+    assert (np.abs(np.corrcoef(fraction, other)[0, 1:]) < 0.2).all()
     assert tasks.few_examples(tasks.mlp(), 0.0) is tasks.mlp()
 
     batch, none = jax.jit(family.batch, static_argnums=2), jnp.float32(0)
@@ -270,7 +273,7 @@ def test_tables_are_what_they_are_said_to_be():
     u = rng.uniform(size=4096)
     batch, task = jax.jit(tasks.table().batch, static_argnums=2), rows(drawn("table")[0], 1)
     plain = task | dict(kinds=jnp.zeros(256, int), inputs=parts.first(256, 256),
-                        examples=jnp.float32(90), common=jnp.float32(0.6), luck=jnp.float32(0.5),
+                        examples=jnp.float32(90.9), common=jnp.float32(0.6), luck=jnp.float32(0.5),
                         rare=jnp.float32(1.5), classes=jnp.int32(3), apart=jnp.float32(0),
                         centers=jnp.zeros((10, 256)), spread=jnp.ones(256))
     T, where = tree.map(np.float64, plain), {}
