@@ -9,7 +9,6 @@ import os
 import timeit
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -408,8 +407,8 @@ def wall_clock(seed, path):
 
 
 def own_data(seed, path, families):
-    """Your own files, by name: eight starts of a small net on each; the baselines' rates are the best of ten
-    for each start. Losses count over their start, as at least 0.02."""
+    """Eight starts of a small net on each of your own files; the baselines at the best of ten rates
+    for each start. Test losses over their start; less than 0.02 counts as 0.02."""
     baselines = {name: evaluate.BASELINES[name] for name in ("Adam + cosine", "Muon + cosine")}
     for name, family in families.items():
         curves = compare(family, *model.load(path, HORIZON), 8, HORIZON, seed, baselines)
@@ -454,8 +453,7 @@ def main():
         if (experiment is own_data) != bool(o.data):
             raise ValueError("own-data, and no other, needs --data FILE, one or more.")
         if o.data:
-            given.append({
-                Path(x).stem: own.family(own.understood(own.read(x))) for x in o.data})
+            given.append({x: own.family(own.understood(own.read(x))) for x in o.data})
         os.makedirs(o.out, exist_ok=True)
         for panel, line, x, y in experiment(*given):
             print(panel, line, x, y, flush=True)

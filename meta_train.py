@@ -159,7 +159,7 @@ def in_tensors(optimizer, unravel):
 def make_outer(settings):
     """-> (start(key) -> Run, {family: outer step(run, key)}), jitted, with the pairs shared out."""
     learned, each = make_learned(settings), {}
-    begin = begun(settings.begin, learned)
+    begin = begun(settings)
     cap = evaluate.OUTER_LOSSES[settings.outer_loss].cap
     longest = round(settings.truncation * (1 + settings.jitter))
     for name in settings.tasks:
@@ -199,14 +199,18 @@ def make_outer(settings):
     return start, {name: jitted(name) for name in each}
 
 
-def begun(path, learned):
-    """Theta from a file, if there is one."""
-    if not path:
+def begun(settings):
+    """The theta to begin with, if it is in a file."""
+    if not settings.begin:
         return None
-    _, theta = model.load(path)
-    wanted = jax.eval_shape(learned.init, random.key(0))
-    if tree.map(jnp.shape, theta) != tree.map(jnp.shape, wanted):
-        raise ValueError(f"{path} holds another kind of optimizer than the one to be learned.")
+
+    def kind(name, sizes):  # one theta serves all horizons
+        return json.dumps([name, {"without": [], **sizes, "horizon": 0}], sort_keys=True)
+
+    facts, (_, theta) = model.about(settings.begin), model.load(settings.begin)
+    if kind(facts["name"], facts["sizes"]) != kind(settings.optimizer, arguments(settings)):
+        raise ValueError(f"{settings.begin} holds another kind of optimizer than what is to be "
+                         "learned: choose its --optimizer and --without, or another file.")
     return theta
 
 
@@ -414,7 +418,8 @@ def run_all(settings, folder, arrays, flags, deadline):
         together = functools.partial(machine.together, flags.wait, advice)
     if settings.num_pairs % jax.process_count():
         raise ValueError(f"--num-pairs must be a multiple of the {jax.process_count()} processes.")
-    start, outer_steps = make_outer(settings)
+    begin = "" if arrays else settings.begin  # a resumed run has its own theta
+    start, outer_steps = make_outer(dataclasses.replace(settings, begin=begin))
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)

@@ -97,8 +97,8 @@ def live_inputs(seen):
     of what is always zero."""
     counts = []
     for shape, x in zip(dict.fromkeys(seen.shapes), by_shape(seen.v[B2] > 0, seen.shapes)):
-        x = x.reshape(len(x), int(np.prod(shape[:-1])), *shape[-1:])
-        counts.append(jnp.sum(jnp.any(x, tuple(range(2, x.ndim))), 1))
+        x = x.reshape(len(x), int(np.prod(shape[:-1])), *(shape[-1:] or (1,)))
+        counts.append(jnp.sum(jnp.any(x, 2), 1))
     return jnp.concatenate(counts)
 
 
@@ -121,14 +121,14 @@ def paces(horizon, theta, seen):
 
 
 def agreement(seen):
-    """The squares of `directions`; which parameters had a gradient once; and which rest now."""
+    """The squares of `directions`; which parameters ever had a gradient; and which rest now."""
     real = seen.v[B2] > 0
     return [*directions(seen) ** 2, real, real & (seen.g == 0)]
 
 
 def signal_to_noise(seen, unit=1.0):
-    """How well a tensor's gradients agree over the span of each average, [6, tensors]: in units of
-    decibels above pure noise; and, last, five times the share of parameters at rest."""
+    """How well a tensor's gradients agree over the span of each average, [6, tensors]: in decibels
+    above pure noise, over `unit`; and, last, five times the share of parameters at rest."""
     powers, real, rest = jnp.split(seen.more, [len(DECAYS), len(DECAYS) + 1])
     decays = DECAYS ** seen.t
     noise = (1 - DECAYS) / (1 + DECAYS)  # of averaged white noise, in the long run
@@ -137,9 +137,10 @@ def signal_to_noise(seen, unit=1.0):
     return jnp.concatenate([signal / unit, 5 * rest / (real + 1e-8)])
 
 
-def generalisation_gap(low, high):
-    """How far the running validation loss lies above the training loss's, in e-folds, within 3."""
-    gap = jnp.log((jnp.abs(high) + 1e-6) / (jnp.abs(low) + 1e-6))
+def generalisation_gap(train, valid):
+    """How far the running validation loss lies above the running training loss, in e-folds, within
+    +-3."""
+    gap = jnp.log((jnp.abs(valid) + 1e-6) / (jnp.abs(train) + 1e-6))
     return (jnp.clip(gap, -3, 3),)
 
 

@@ -40,10 +40,9 @@ def careful(init, update):
         given = [tree.map(float32, x) for x in (grads, params)]
         losses = dict(loss=scalar(value if loss is None else loss), valid_loss=scalar(valid_loss))
         updates, new = update(given[0], state, given[1], **losses)
-        updates, new = (
+        return tuple(
             tree.map(lambda x, old: x.astype(old.dtype), found, like)
             for found, like in ((updates, params), (new, state)))
-        return updates, new
 
     return Optimizer(start, step)
 
@@ -212,9 +211,9 @@ def remember(record, loss, params):
     """-> (the record with one more validation loss, whether it is time to go back to the best).
 
     That is when the last two losses both lie above the best mean by 4.25 deviations of a loss and a
-    tenth of the first one: noise alone hardly ever does that, and one outlier never. To be a new
-    best, the mean has to be a tenth and half a deviation lower than the last: of many noisy means
-    the lowest is lucky, and with few examples it is met long after overfitting began.
+    tenth of the first one: noise alone hardly ever does that, and one outlier never. A mean is a new
+    best only if it is lower than the best by a tenth of that and half a deviation: the lowest of
+    many noisy means is luck, and with few examples it comes long after overfitting began.
     """
     k, told = record.count, loss
     sigma = jnp.sqrt(record.noise + 1e-30)

@@ -196,7 +196,7 @@ class Form(NamedTuple):
     bound: float = np.inf           # of normalised features
     time: Callable = lambda t: t - 1  # of step t, the first being 1, for features of time
     valid_decay: float = 0.95       # of the running validation loss (P2)
-    gap: Callable = lambda low, high: ()  # of both running losses: what else is told of them
+    gap: Callable = lambda train, valid: ()  # of both running losses: what else is told of them
     # Functions of what is seen that P2's tensors and parameters are told of besides:
     rows: tuple = ()   # -> a list of [n]; their means over each tensor are seen, too
     cues: tuple = ()   # -> [F, tensors], which the LSTMs read
@@ -285,8 +285,7 @@ def surprise(train, loss):
 def tensor_means(seen, more):
     """Of m, v, w [3, tensors]; of the squares of m, v, w, g [4, tensors]; and of more rows [n]."""
     m, v, w, g = seen.m, seen.v, seen.w, seen.g
-    over_decays = (sum(x) / len(DECAYS) for x in (m, v, m * m, v * v))
-    m1, v1, m2, v2 = over_decays
+    m1, v1, m2, v2 = (sum(x) / len(DECAYS) for x in (m, v, m * m, v * v))
     rows = jnp.stack([m1, v1, w, m2, v2, w * w, g * g, *more])
     return jnp.split(per_tensor(by_shape(rows, seen.shapes)), [3, 7])
 

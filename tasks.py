@@ -76,11 +76,11 @@ FRACTION = log_uniform(0.005, 1.0)
 def few_examples(family, share):
     """The family, but in such a share of its tasks only a fraction of the examples is there to
     train on, and to validate with."""
-    def sample(key, *shared):
+    def sample(key):
         u = random.uniform(random.fold_in(key, 2 ** 31), (3,))  # no other number of the task's
         fraction = jnp.where(u[0] < share, FRACTION(u[1]), 1.0)
-        task = family.sample(key, *shared)
-        return task | {"fraction": fraction, "begin": u[2]} if isinstance(task, dict) else task
+        task = family.sample(key)
+        return task | {"fraction": fraction, "offset": u[2]} if isinstance(task, dict) else task
 
     return family._replace(sample=sample) if share else family
 
@@ -121,7 +121,7 @@ def letter_tasks(pool, max_batch, ranges):
         if "fraction" not in task or split not in FEW:
             return (u * n).astype(int)
         count = jnp.clip(FEW[split] * task["fraction"] * examples, 1, n)
-        first = (task["begin"] * n).astype(int)
+        first = (task["offset"] * n).astype(int)
         return (first + STRIDE * (u * count).astype(int)) % n
 
     def batch(task, key, split):
@@ -375,7 +375,7 @@ def rnn(pool="meta_train", max_width=16, max_embedding=12, max_length=16, max_ba
         real = jnp.outer(rows, task["length"])
         u = random.uniform(key, (max_batch, 1))
         if "fraction" in task and split in FEW:
-            u = (task["begin"] + task["fraction"] * u) % 1
+            u = (task["offset"] + task["fraction"] * u) % 1
         start = (u * (len(text[split]) - max_length)).astype(int)
         return text[split][start + jnp.arange(max_length + 1)[None]], real
 

@@ -179,6 +179,11 @@ def test_a_run_can_begin_with_an_optimizer_that_is_there(toys, small):
     run = make_outer(settings)[0](random.key(5))
     _, theta = model.load(settings.begin)
     assert tree.all(tree.map(np.array_equal, run.theta, theta)) and run.step == 0
+    shipped = dict(optimizer="hierarchical", begin=evaluate.PRETRAINED)
+    for other in (dict(optimizer="p1"), shipped | {"without": ("relative_time",)}):
+        with pytest.raises(ValueError, match="another kind"):
+            make_outer(dataclasses.replace(settings, **other))
+    make_outer(dataclasses.replace(settings, **shipped))
 
 
 def interrupted(monkeypatch, interruption):

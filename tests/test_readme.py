@@ -35,9 +35,10 @@ def test_the_shipped_optimizers_are_of_the_commands_on_the_results_page():
         flags = flags | new if "resume" in new else new  # that goes on with the line above
         settings = {}
         for field in dataclasses.fields(meta_train.Settings):
-            text = flags.get(field.name.replace("_", "-"), field.default)
-            kind = str if field.name == "tasks" else type(field.default)
-            settings[field.name] = list(text) if text == () else kind(text)
+            value = flags.get(field.name.replace("_", "-"), field.default)
+            if isinstance(value, str) and callable(field.type):
+                value = field.type(value)
+            settings[field.name] = list(value) if isinstance(value, tuple) else value
         asked.append(settings)
     for path in (evaluate.PRETRAINED, evaluate.PRETRAINED_MLP):
         facts = model.about(path)

@@ -247,13 +247,13 @@ def test_few_examples_are_all_that_is_seen_in_training_and_validating():
     many = jax.vmap(family.sample)(random.split(random.key(0), 400))
     fraction = many["fraction"]
     assert 0.4 < (fraction == 1).mean() < 0.6 and 0.005 <= fraction.min() < 0.01
-    other = np.stack([many["depth"], many["width0"].sum(1), many["init_scale"], many["begin"]])
+    other = np.stack([many["depth"], many["width0"].sum(1), many["init_scale"], many["offset"]])
     assert (np.abs(np.corrcoef(fraction, other)[0, 1:]) < 0.2).all()
     assert tasks.few_examples(tasks.mlp(), 0.0) is tasks.mlp()
 
     batch, none = jax.jit(family.batch, static_argnums=2), jnp.float32(0)
     task = rows(drawn("mlp")[0], 5) | dict(
-        batch_size=parts.first(64, 64), input_noise=none, label_noise=none, begin=none + 0.3)
+        batch_size=parts.first(64, 64), input_noise=none, label_noise=none, offset=none + 0.3)
     few, fewest, all_of_them = (task | {"fraction": none + x} for x in (39.9 / 504, 2.9 / 504, 1))
     numbers = [len(distinct(batch, few, split)) for split in data.SPLITS]
     assert numbers[:2] == [400, 40] and min(numbers[2:]) > 200
@@ -262,7 +262,7 @@ def test_few_examples_are_all_that_is_seen_in_training_and_validating():
 
     text = data.texts("meta_train")
     batch = jax.jit(lambda *given: tasks.rnn().batch(*given)[:1], static_argnums=2)
-    task = rows(drawn("rnn")[0], 0) | dict(fraction=none + 1e-3, begin=none + 0.9995)
+    task = rows(drawn("rnn")[0], 0) | dict(fraction=none + 1e-3, offset=none + 0.9995)
     assert 150 < len(distinct(batch, task, "train")) <= 0.001 * len(text["train"]) + 2
     assert len(distinct(batch, task, "outer_valid")) > 390
 
