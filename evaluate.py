@@ -29,7 +29,6 @@ import own
 import tasks
 
 PRETRAINED = str(Path(__file__).with_name("pretrained.npz"))
-PRETRAINED_MLP = str(Path(__file__).with_name("pretrained_mlp.npz"))
 EVERY = 20    # steps between two measurements
 BATCHES = 8   # batches a measurement averages over, the same ones each time
 RATES = np.float32(np.logspace(-4.5, 0, 10))

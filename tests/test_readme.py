@@ -40,8 +40,8 @@ def test_the_shipped_optimizers_are_of_the_commands_on_the_results_page():
                 value = field.type(value)
             settings[field.name] = list(value) if isinstance(value, tuple) else value
         asked.append(settings)
-    for path in (evaluate.PRETRAINED, evaluate.PRETRAINED_MLP):
-        facts = model.about(path)
+    for name in ("pretrained", "pretrained_mlp"):
+        facts = model.about(str(ROOT / f"{name}.npz"))
         assert sum(settings.items() <= facts.items() for settings in asked) == 1
 
 
