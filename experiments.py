@@ -408,18 +408,19 @@ def wall_clock(seed, path):
 
 def own_data(seed, path, families):
     """Eight starts of a small net on each of your own files; the baselines at the best of ten rates
-    for each start. Test losses over their start; less than 0.02 counts as 0.02."""
+    for each start. Test losses over their start, at least 0.02; geometric means over starts."""
     baselines = {name: evaluate.BASELINES[name] for name in ("Adam + cosine", "Muon + cosine")}
+    ends = []
     for name, family in families.items():
         curves = compare(family, *model.load(path, HORIZON), 8, HORIZON, seed, baselines)
-        ends = {}
         for line, c in curves.items():
             tests = evaluate.tuned(c[..., 1], evaluate.final_loss)  # [starts, points]
-            tests = np.maximum(tests / tests[:, :1], 0.02)
-            yield f"{name}: test loss", line, EVERY * np.arange(tests.shape[1]), tests
-            ends[line] = np.log(tests[:, -1])
-        ratio = np.exp(np.mean(ends["learned"] - ends["Adam + cosine"]))
-        yield "final test loss / that of Adam + cosine", "learned", name, ratio
+            y = np.exp(np.log(np.maximum(tests / tests[:, :1], 0.02)).mean(0))
+            yield f"{name}: test loss", line, EVERY * np.arange(len(y)), y
+            ends.append((line, name, y[-1]))
+    adam = {name: end for line, name, end in ends if line == "Adam + cosine"}
+    for line, name, end in ends:
+        yield "final test loss / that of Adam + cosine", line, name, end / adam[name]
 
 
 # ---------------------------------------------------------------- the command line
@@ -428,7 +429,8 @@ STUDIES = (landscape, truncation_bias, variance, cost, race, ablation, architect
            targets)
 BEHAVIOURS = (generalisation, regularisation, adaptation, validation_feature, wall_clock,
               self_training, own_data)
-LOGARITHMIC = variance, targets, adaptation
+LOOKS = dict.fromkeys((variance, targets, adaptation), dict(xscale="log", yscale="log"))
+LOOKS |= dict.fromkeys((generalisation, own_data), dict(yscale="log"))
 EXPERIMENTS = {f.__name__.replace("_", "-"): f for f in STUDIES + BEHAVIOURS}
 
 
@@ -443,7 +445,6 @@ def main():
     add("--out", default="figures", help="folder for the picture and the table")
     o = parser.parse_args()
     experiment, given, rows = EXPERIMENTS[o.name], [o.seed], []
-    looks = dict(xscale="log", yscale="log") if experiment in LOGARITHMIC else {}
     try:
         if experiment in BEHAVIOURS:
             given.append(o.theta or evaluate.PRETRAINED)
@@ -460,7 +461,7 @@ def main():
             rows += [(panel, line, *point) for point in np.broadcast(x, y)]
         with machine.whole(f"{o.out}/{o.name}.csv") as part:
             np.savetxt(part, rows, '"%s","%s",%s,%s', header="panel,line,x,y", comments="")
-        evaluate.picture(f"{o.out}/{o.name}.png", rows, looks)
+        evaluate.picture(f"{o.out}/{o.name}.png", rows, LOOKS.get(experiment, {}))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"{o.out}/{o.name}.png and {o.out}/{o.name}.csv")
