@@ -211,9 +211,9 @@ def remember(record, loss, params):
     """-> (the record with one more validation loss, whether it is time to go back to the best).
 
     That is when the last two losses both lie above the best mean by 4.25 deviations of a loss and a
-    tenth of the first one: noise alone hardly ever does that, and one outlier never. A mean is a new
-    best only if it is lower than the best by a tenth of that and half a deviation: the lowest of
-    many noisy means is luck, and with few examples it comes long after overfitting began.
+    tenth of the first one: noise alone hardly ever does that, and one outlier never. A mean is a
+    new best only if it is lower than the best by a tenth of that and half a deviation: the lowest
+    of many noisy means is luck, and with few examples it comes long after overfitting began.
     """
     k, told = record.count, loss
     sigma = jnp.sqrt(record.noise + 1e-30)

@@ -493,7 +493,8 @@ def steps(path, horizon):
 @pytest.mark.parametrize("horizon, every", [(400, 50), (20, 10)])
 @pytest.mark.parametrize("name", ["pretrained", "pretrained_mlp"])
 def test_a_shipped_optimizer_makes_the_steps_it_made(name, horizon, every):
-    """steps.npz holds those of commit 37cdf3d, found by the function above with its model.py."""
+    """steps.npz holds those of other programs, found by the function above with their model.py: of
+    commit 37cdf3d, and of 00ad88d, where pretrained.npz was learned, without unit_weights."""
     wanted = machine.read_npz(os.path.join(ROOT, "tests", "steps.npz"))[f"{name}_{horizon}"]
     close(steps(os.path.join(ROOT, f"{name}.npz"), horizon)[every::every], wanted, 1e-5)
 
