@@ -1,5 +1,4 @@
 """What task families are made of: ranges that a task draws from, and layers with padding."""
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, nn, random
@@ -49,6 +48,7 @@ def draw(key, ranges):
 ACTIVATIONS = (nn.relu, jnp.tanh, nn.silu, lambda x: nn.leaky_relu(x, 0.2))
 ACTIVATION = choice(len(ACTIVATIONS))
 SCALE = log_uniform(0.5, 2.0)
+
 
 def masked(real, x):
     """x where it is real, else 0."""

@@ -68,14 +68,14 @@ def inner_step(family, optimizer, task, inner, key):
     return Inner(params, opt_state, inner.step + 1)
 
 
-FEW = {"train": 1.0, "inner_valid": 0.1}  # letters to train on and, for each, to validate with
+FEW = {"train": 1.0, "inner_valid": 0.1}  # where examples are few; of letters, how many for one
 FRACTION = log_uniform(0.005, 1.0)
 
 
 @functools.cache
 def few_examples(family, share):
     """The family, but in such a share of its tasks only a fraction of the examples is there to
-    train on, and to validate with."""
+    train on, and to validate with. A family must heed it: those of letters and texts do."""
     def sample(key):
         u = random.uniform(random.fold_in(key, 2 ** 31), (3,))  # no other number of the task's
         fraction = jnp.where(u[0] < share, FRACTION(u[1]), 1.0)

@@ -28,6 +28,6 @@ P
 for case in "0.4.38 other" "0.10.2 same"; do
     set -- $case
     python3 -m venv "$folder/$1"
-    "$folder/$1/bin/pip" install -q "jax==$1" "jaxlib==$1" "numpy<2.3"
+    "$folder/$1/bin/pip" install -q "jax==$1" "jaxlib==$1" numpy==2.2.6
     "$folder/$1/bin/python" "$folder/draw.py" "$2"
 done

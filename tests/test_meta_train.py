@@ -186,6 +186,27 @@ def test_a_run_can_begin_with_an_optimizer_that_is_there(toys, small):
     make_outer(dataclasses.replace(settings, **shipped))
 
 
+def test_a_run_that_began_with_an_optimizer_goes_on_without_its_file(toys, small, tmp_path):
+    begin, folder = tmp_path / "theta.npz", tmp_path / "run"
+    shutil.copy(small / "theta.npz", begin)
+    first = *TINY, "--begin", begin, "--outer-steps", 1, "--out", folder
+    for i, arguments in enumerate((first, ("--resume", folder, "--outer-steps", 2))):
+        process = start(*arguments, cwd=tmp_path)  # the lock is its own until it ends
+        assert process.communicate(timeout=600)[1] == "" and outer_steps_done(folder) == 1 + i
+        begin.unlink(missing_ok=True)
+
+
+def test_few_examples_reach_learning_and_the_fit(toys, monkeypatch):
+    shares, theta = [], rates().init(random.key(0))
+    monkeypatch.setattr(tasks, "few_examples", lambda family, x: shares.append(x) or family)
+    monkeypatch.setattr(evaluate, "fit_step_size", lambda *given: given[1])
+    settings = dataclasses.replace(SETTINGS, few=0.25)
+    make_outer(settings)
+    assert shares == 2 * [0.25]
+    meta_train.fitted(settings, theta)
+    assert shares == 4 * [0.25]
+
+
 def interrupted(monkeypatch, interruption):
     """interruption(run) before each outer step; it may return another Run."""
     begin, steps = make_outer(SETTINGS)

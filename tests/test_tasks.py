@@ -298,6 +298,12 @@ def test_tables_are_what_they_are_said_to_be():
     index = np.abs(near[:, None] - x).sum(-1).argmin(0)
     assert (np.bincount(y) > 2).all() and y.tolist() == group[index].tolist()
     np.testing.assert_allclose(x, near[index], atol=1e-4)
+    many = jax.jit(jax.vmap(tasks.table().sample))(random.split(random.key(2), 400))
+    T = {k: np.float64(many[k])[many["apart"] > 0] for k in ("apart", "centers", "spread")}
+    far = T["centers"].var(1).sum(1) * 10 / 9 / T["apart"] ** 2  # all columns, over what is said
+    np.testing.assert_allclose(far.mean(), 1, rtol=0.05)
+    squares = (T["centers"] ** 2).mean((0, 1)).sum(), (T["spread"] ** 2 - 1).mean(0).sum()
+    np.testing.assert_allclose(*squares, rtol=0.1)
     kinds = jnp.arange(256) % 6
     whole = plain | dict(kinds=kinds, examples=jnp.float32(2700), common=jnp.float32(0))
     x = jax.vmap(lambda key: batch(whole, key, "train")[0])(random.split(random.key(1), 200))
