@@ -133,3 +133,26 @@ def through(task, params, x, max_depth):
         h = hidden(task, params, f"w{i}", x, units(task, i))
         x = jnp.where(i < task["depth"], h, x)
     return dense(params, "out", x)
+
+
+# ---------------------------------------------------------------- recurrent cores
+
+def vanilla(a, b, h, c):
+    """-> the next h, c; a and b are what input and state give to each of up to four gates."""
+    return jnp.tanh(a[0] + b[0]), c
+
+
+def gru(a, b, h, c):
+    _, reset, keep, _ = (nn.sigmoid(x + y) for x, y in zip(a, b))
+    new = jnp.tanh(a[0] + reset * b[0])
+    return (1 - keep) * new + keep * h, c
+
+
+def lstm(a, b, h, c):
+    new, keep, write, show = (x + y for x, y in zip(a, b))
+    c = nn.sigmoid(keep + 1) * c + nn.sigmoid(write) * jnp.tanh(new)
+    return nn.sigmoid(show) * jnp.tanh(c), c
+
+
+CORES = vanilla, gru, lstm
+GATES = 1, 3, 4  # that each of them has

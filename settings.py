@@ -104,6 +104,8 @@ def whole_settings(chosen):
         raise ValueError(f"--horizon must be a multiple of {evaluate.EVERY}.")
     if settings.truncation > settings.horizon:
         raise ValueError("--truncation can't be more than --horizon.")
+    if settings.few and not tasks.OF_EXAMPLES & {*settings.tasks}:
+        raise ValueError(f"--few is for {', '.join(sorted(tasks.OF_EXAMPLES))}: leave it away.")
     return settings
 
 

@@ -14,8 +14,8 @@ from jax import lax, nn, random
 
 import data
 from parts import (
-    ACTIVATION, SCALE, chance, choice, cross_entropy, deep_net, dense, draw, first, hidden,
-    log_uniform, masked, often_zero, padded, patches, size, through, uniform)
+    ACTIVATION, CORES, GATES, SCALE, chance, choice, cross_entropy, deep_net, dense, draw, first,
+    hidden, log_uniform, masked, often_zero, padded, patches, size, through, uniform)
 from tables import table_tasks
 
 VALID_EVERY = 10  # inner steps from one inner_valid batch to the next (P2 appendix C.1)
@@ -75,7 +75,7 @@ FRACTION = log_uniform(0.005, 1.0)
 @functools.cache
 def few_examples(family, share):
     """The family, but in such a share of its tasks only a fraction of the examples is there to
-    train on, and to validate with. A family must heed it: those of letters and texts do."""
+    train on, and to validate with. Those of letters and texts heed it: OF_EXAMPLES."""
     def sample(key):
         u = random.uniform(random.fold_in(key, 2 ** 31), (3,))  # no other number of the task's
         fraction = jnp.where(u[0] < share, FRACTION(u[1]), 1.0)
@@ -319,27 +319,6 @@ def autoencoder_loss(task, params, batch):
     return jnp.mean(losses, where=real)
 
 
-def vanilla(a, b, h, c):
-    """-> the next h, c; a and b are what input and state give to each of up to four gates."""
-    return jnp.tanh(a[0] + b[0]), c
-
-
-def gru(a, b, h, c):
-    _, reset, keep, _ = (nn.sigmoid(x + y) for x, y in zip(a, b))
-    new = jnp.tanh(a[0] + reset * b[0])
-    return (1 - keep) * new + keep * h, c
-
-
-def lstm(a, b, h, c):
-    new, keep, write, show = (x + y for x, y in zip(a, b))
-    c = nn.sigmoid(keep + 1) * c + nn.sigmoid(write) * jnp.tanh(new)
-    return nn.sigmoid(show) * jnp.tanh(c), c
-
-
-CORES = vanilla, gru, lstm
-GATES = 1, 3, 4  # that each of them has
-
-
 @functools.cache
 def rnn(pool="meta_train", max_width=16, max_embedding=12, max_length=16, max_batch=8):
     """Character-level language modelling of Python's documentation (TaskSet's char_rnn_lm).
@@ -501,3 +480,4 @@ def function_loss(task, params, batch):
 
 
 FAMILIES = {f.__name__: f for f in (mlp, conv, autoencoder, rnn, function, table)}
+OF_EXAMPLES = {"mlp", "conv", "autoencoder", "rnn"}  # can have few, see `few_examples`

@@ -14,7 +14,7 @@ import evaluate
 import machine
 import model
 import tasks
-from test_meta_train import bowl, rates
+from test_meta_train import bowl, one_baseline, rates
 
 
 def plain_curve(key, rate, splits=("train", "test")):
@@ -137,8 +137,7 @@ def test_the_command_writes_table_and_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "CACHE", tmp_path / "cache")
     monkeypatch.setitem(tasks.FAMILIES, "mlp", bowl)
-    for name in ("SGD", "momentum", "RMSProp"):  # to compile less
-        monkeypatch.delitem(evaluate.BASELINES, name)
+    one_baseline(monkeypatch)
     monkeypatch.setitem(model.LEARNED, "per_parameter_mlp", rates)
     model.save("theta.npz", "per_parameter_mlp", rates().init(random.key(0)))
     more = "theta.npz --tasks 4 --horizon 20 --json table.json".split()

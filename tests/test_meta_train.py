@@ -81,6 +81,15 @@ def play(monkeypatch):
 toys = pytest.fixture(play, name="toys")
 
 
+def one_baseline(monkeypatch):
+    """Adam by three names, to compile less."""
+    adam = evaluate.BASELINES["Adam"]
+    for name in [*evaluate.BASELINES]:
+        monkeypatch.delitem(evaluate.BASELINES, name)
+    for name in ("Adam", "Adam + cosine", "Muon + cosine"):
+        monkeypatch.setitem(evaluate.BASELINES, name, adam)
+
+
 def main(*arguments):
     """The command in this process, with the devices that JAX has here."""
     sys.argv = ["meta_train.py", "--devices", "2", *map(str, arguments)]
@@ -118,8 +127,7 @@ def start(*arguments, cwd):
 def test_a_run_ends_with_the_table_and_all_files_and_the_fit_changes_the_step_size_alone(
         tmp_path, monkeypatch, capsys):
     """The only one without toys."""
-    for name in ("SGD", "momentum", "RMSProp"):  # to compile less
-        monkeypatch.delitem(evaluate.BASELINES, name)
+    one_baseline(monkeypatch)
     folder = tmp_path / "run"
     main(*TINY, *"--tasks function --outer-steps 9 --fit 4 --compare 4 --out".split(), folder)
     said = capsys.readouterr().out
@@ -137,21 +145,6 @@ def test_a_run_ends_with_the_table_and_all_files_and_the_fit_changes_the_step_si
         assert far < 0.006 if multiple else far == 0
 
 
-def test_kill_and_resume_is_bit_identical(toys, tmp_path):
-    folder, whole, arguments = tmp_path / "run", tmp_path / "whole", [*TINY, "--outer-steps", 40]
-    process = start(*arguments, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
-    wait_until(lambda: outer_steps_done(folder) > 0, process)
-    process.kill()
-    process.communicate()
-    assert outer_steps_done(folder) < 40 and model.load(folder / "theta.npz")  # not cut off
-    process = start("--resume", folder, cwd=tmp_path)
-    main(*arguments, "--out", whole)
-    assert process.communicate(timeout=600)[1] == "" and process.returncode == 0
-    mine, reference = (machine.read_npz(x / "checkpoint.npz") for x in (folder, whole))
-    assert all((mine[k] == x).all() for k, x in reference.items() if k.startswith("leaf"))
-    assert log_of(folder) == log_of(whole) and steps_logged(folder) == list(range(1, 41))
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A run of five steps."""
@@ -162,6 +155,25 @@ def small(tmp_path_factory):
         play(monkeypatch)
         main(*TINY, "--outer-steps", 5, "--out", folder)
     return folder
+
+
+def test_kill_and_resume_is_bit_identical(toys, small, tmp_path):
+    """And what a run began with is needed no more once it has saved."""
+    folder, whole, begin = tmp_path / "run", tmp_path / "whole", tmp_path / "theta.npz"
+    shutil.copy(small / "theta.npz", begin)
+    arguments = *TINY, "--begin", begin, "--outer-steps", 40
+    process = start(*arguments, "--save-seconds", 0.1, "--out", folder, cwd=tmp_path)
+    wait_until(lambda: outer_steps_done(folder) > 0, process)
+    process.kill()
+    process.communicate()
+    assert outer_steps_done(folder) < 40 and model.load(folder / "theta.npz")  # not cut off
+    main(*arguments, "--out", whole)
+    begin.unlink()
+    process = start("--resume", folder, cwd=tmp_path)
+    assert process.communicate(timeout=600)[1] == "" and process.returncode == 0
+    mine, reference = (machine.read_npz(x / "checkpoint.npz") for x in (folder, whole))
+    assert all((mine[k] == x).all() for k, x in reference.items() if k.startswith("leaf"))
+    assert log_of(folder) == log_of(whole) and steps_logged(folder) == list(range(1, 41))
 
 
 @pytest.mark.parametrize("arguments, truncation", [
@@ -184,16 +196,6 @@ def test_a_run_can_begin_with_an_optimizer_that_is_there(toys, small):
         with pytest.raises(ValueError, match="another kind"):
             make_outer(dataclasses.replace(settings, **other))
     make_outer(dataclasses.replace(settings, **shipped))
-
-
-def test_a_run_that_began_with_an_optimizer_goes_on_without_its_file(toys, small, tmp_path):
-    begin, folder = tmp_path / "theta.npz", tmp_path / "run"
-    shutil.copy(small / "theta.npz", begin)
-    first = *TINY, "--begin", begin, "--outer-steps", 1, "--out", folder
-    for i, arguments in enumerate((first, ("--resume", folder, "--outer-steps", 2))):
-        process = start(*arguments, cwd=tmp_path)  # the lock is its own until it ends
-        assert process.communicate(timeout=600)[1] == "" and outer_steps_done(folder) == 1 + i
-        begin.unlink(missing_ok=True)
 
 
 def test_few_examples_reach_learning_and_the_fit(toys, monkeypatch):
@@ -292,7 +294,7 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --coordinator here:80 --processes 2 --process -1; --num-tasks {2 ** 31}; --num-tasks -1;
     --num-pairs {2 ** 31 - 1}; --devices 1000000; --horizon 0; --horizon {2 ** 31};
     --truncation 0; --b1 1; --outer-loss root; --save-seconds 0; --adjoint 0; --learning-rate -1;
-    --few 1.1; --begin missing.npz; --begin foreign.npz; --begin theta.npz""",
+    --few 1.1; --few 1 --tasks function,table; --begin missing.npz; --begin foreign.npz; --begin theta.npz""",
          "evaluate": f"""missing.npz; foreign.npz; other.npz; --tasks 3; --tasks 0; --tasks many;
     theta.npz --horizon 30; --nonsense; --family chess; --seed {2 ** 31};
     theta.npz --data missing.npz; theta.npz --data other.npz; theta.npz --data missing.csv;
