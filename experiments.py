@@ -430,7 +430,8 @@ STUDIES = (landscape, truncation_bias, variance, cost, race, ablation, architect
            targets)
 BEHAVIOURS = (generalisation, regularisation, adaptation, validation_feature, wall_clock,
               self_training, own_data)
-LOOKS = dict.fromkeys((variance, targets, adaptation), dict(xscale="log", yscale="log"))
+LOOKS = dict.fromkeys((variance, targets), dict(xscale="log", yscale="log"))
+LOOKS[adaptation] = dict(xscale="log", yscale="log", ylim=(0.5, 10))
 LOOKS |= dict.fromkeys((generalisation, own_data), dict(yscale="log"))
 EXPERIMENTS = {f.__name__.replace("_", "-"): f for f in STUDIES + BEHAVIOURS}
 
