@@ -341,7 +341,7 @@ def picture(path, rows, looks):
             width = 2.5 if line == "learned" else 1.2
             axis.plot(xs, middle, mark, color=color, lw=width, label=line)
         axis.set(**{"title": panel} | shared | looks.get(panel, {}))
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", framealpha=0.4)
     with machine.whole(path) as partial:
         figure.savefig(partial, format=Path(path).suffix[1:] or "png")
 

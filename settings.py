@@ -105,7 +105,7 @@ def whole_settings(chosen):
     if settings.truncation > settings.horizon:
         raise ValueError("--truncation can't be more than --horizon.")
     if settings.few and not tasks.OF_EXAMPLES & {*settings.tasks}:
-        raise ValueError(f"--few is for {', '.join(sorted(tasks.OF_EXAMPLES))}: leave it away.")
+        raise ValueError(f"--few is for {', '.join(sorted(tasks.OF_EXAMPLES))}: leave it out.")
     return settings
 
 

@@ -133,6 +133,20 @@ def test_the_fit_tries_multiples_and_never_looks_at_the_test_split(target, split
     np.testing.assert_allclose(found, [quarter, -0.5 * np.log(2)], atol=1e-5)  # and to -0.2
 
 
+def test_each_baseline_goes_down_a_bowl_at_one_of_its_settings():
+    start = jnp.float32([[3, -2], [1, 2]])
+    for name, (make, settings) in (evaluate.BASELINES | evaluate.LISTS).items():
+        def end(setting):
+            optimizer = make(setting, 40)
+            def step(state, _):
+                x, inner = state
+                change, inner = optimizer.update(2 * x, inner, x)
+                return (x + change, inner), None
+            (x, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=40)
+            return jnp.sum(x * x)
+        assert jnp.nanmin(jax.jit(jax.vmap(end))(settings)) < 0.2 * jnp.sum(start ** 2), name
+
+
 def test_the_command_writes_table_and_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(machine, "CACHE", tmp_path / "cache")

@@ -294,7 +294,8 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --coordinator here:80 --processes 2 --process -1; --num-tasks {2 ** 31}; --num-tasks -1;
     --num-pairs {2 ** 31 - 1}; --devices 1000000; --horizon 0; --horizon {2 ** 31};
     --truncation 0; --b1 1; --outer-loss root; --save-seconds 0; --adjoint 0; --learning-rate -1;
-    --few 1.1; --few 1 --tasks function,table; --begin missing.npz; --begin foreign.npz; --begin theta.npz""",
+    --few 1.1; --few 1 --tasks function,table;
+    --begin missing.npz; --begin foreign.npz; --begin theta.npz""",
          "evaluate": f"""missing.npz; foreign.npz; other.npz; --tasks 3; --tasks 0; --tasks many;
     theta.npz --horizon 30; --nonsense; --family chess; --seed {2 ** 31};
     theta.npz --data missing.npz; theta.npz --data other.npz; theta.npz --data missing.csv;
