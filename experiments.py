@@ -452,7 +452,7 @@ def main():
             given.append(o.theta or evaluate.PRETRAINED)
             model.load(given[1])  # a wrong file is found at once
         elif o.theta:
-            raise ValueError(f"{o.name} is not about a learned optimizer: leave --theta out.")
+            raise ValueError(f"{o.name} is not about a learned optimizer: leave out --theta.")
         if (experiment is own_data) != bool(o.data):
             raise ValueError("own-data, and no other, needs --data FILE, one or more.")
         if o.data:
