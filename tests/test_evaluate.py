@@ -17,13 +17,18 @@ import tasks
 from test_meta_train import bowl, one_baseline, rates
 
 
+@functools.cache
+def adam(rate):
+    return model.adam(rate).init, jax.jit(model.adam(rate).update)
+
+
 def plain_curve(key, rate, splits=("train", "test")):
     """Losses [3, 2] of 40 steps of Adam on a bowl, whose gradient is known."""
-    family, adam, curve = bowl(), model.adam(rate), []
+    family, curve, (init, update) = bowl(), [], adam(rate)
     task_key, init_key, step_key, measure_key = random.split(key, 4)
     task = family.sample(task_key)
     params = family.init(task, init_key)
-    state, update = adam.init(params), jax.jit(adam.update)
+    state = init(params)
     for segment in [[], *(random.split(k, 20) for k in random.split(step_key))]:
         for k in segment:
             batch = family.batch(task, random.split(k)[0], "train")

@@ -61,13 +61,13 @@ def test_processes_that_hang_or_are_not_there_end_the_others_in_time(tmp_path):
     while "together" not in pair[1].stderr.readline():
         assert pair[1].poll() is None
     pair[1].send_signal(signal.SIGSTOP)
+    alone = start(*TINY, "--coordinator", free_address(), "--processes", 2, "--process", 1,
+                  "--wait", 1, cwd=tmp_path)
     sentence = pair[0].communicate(timeout=600)[1].splitlines()[-1]
     pair[1].kill()
     pair[1].communicate()
     assert pair[0].returncode == 2
     assert sentence.endswith("error: no answer from the other processes for 4 s; the advice")
-    alone = start(*TINY, "--coordinator", free_address(), "--processes", 2, "--process", 1,
-                  "--wait", 1, cwd=tmp_path)
     sentence = alone.communicate(timeout=600)[1].splitlines()[-1]
     assert alone.returncode == 2 and not os.listdir(tmp_path)
     assert sentence.startswith("meta_train.py: error: no answer from the other processes for 1 s;")

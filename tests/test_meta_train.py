@@ -167,9 +167,9 @@ def test_kill_and_resume_is_bit_identical(toys, small, tmp_path):
     process.kill()
     process.communicate()
     assert outer_steps_done(folder) < 40 and model.load(folder / "theta.npz")  # not cut off
-    main(*arguments, "--out", whole)
     begin.unlink()
     process = start("--resume", folder, cwd=tmp_path)
+    main(*TINY, "--begin", small / "theta.npz", "--outer-steps", 40, "--out", whole)
     assert process.communicate(timeout=600)[1] == "" and process.returncode == 0
     mine, reference = (machine.read_npz(x / "checkpoint.npz") for x in (folder, whole))
     assert all((mine[k] == x).all() for k, x in reference.items() if k.startswith("leaf"))
