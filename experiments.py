@@ -317,7 +317,7 @@ def targets(seed):
 
 def self_training(seed, path, steps=1200):
     """It moves the theta of a new optimizer, from scratch, told of a third of the steps or of all;
-    beside Adam (P2 figure 8). An hour."""
+    beside Adam (P2 figure 8). Hours."""
     cases = {f"learned, told of {n}": dict(outer_optimizer=path, outer_steps=n)
              for n in (steps // 3, steps)}
     for rate in (1e-3, 3e-3, 1e-2, 3e-2):

@@ -18,13 +18,13 @@ from test_meta_train import bowl, one_baseline, rates
 
 
 @functools.cache
-def adam(rate):
+def compiled_adam(rate):
     return model.adam(rate).init, jax.jit(model.adam(rate).update)
 
 
 def plain_curve(key, rate, splits=("train", "test")):
     """Losses [3, 2] of 40 steps of Adam on a bowl, whose gradient is known."""
-    family, curve, (init, update) = bowl(), [], adam(rate)
+    family, curve, (init, update) = bowl(), [], compiled_adam(rate)
     task_key, init_key, step_key, measure_key = random.split(key, 4)
     task = family.sample(task_key)
     params = family.init(task, init_key)
