@@ -23,6 +23,7 @@ import kinds
 import machine
 import meta_train
 import model
+import objective
 import own
 import tasks
 from estimators import InnerProblem
@@ -139,7 +140,7 @@ def unroll_variance(seed):
     for length in (1, 10, 50, 200):
         settings = Settings(horizon=length, adjoint=np.inf)
         problem = inner_problem(settings, tasks.mlp(), learned)
-        cap = evaluate.OUTER_LOSSES[settings.outer_loss].cap
+        cap = objective.OUTER_LOSSES[settings.outer_loss].cap
         estimator = make("merged", problem, length, length, 16, 0.01, cap)
         for rate in (0.01, 0.3):
             theta = learned.init(key) | {"log_lr": jnp.float32(np.log(rate))}
@@ -304,7 +305,7 @@ def letters(seed, images=500, **sizes):
 def targets(seed):
     """Learned for training or for held-out batches: the test loss where the training loss is the
     same, on few images (P1); beside Adam, at the rate that ends lowest. 6 minutes."""
-    cases = {split: {"target": split} for split in evaluate.TARGETS}
+    cases = {split: {"target": split} for split in objective.TARGETS}
     for split, _, settings, run in progress(seed, 3, "steps", [96], cases):
         curves = compare(
             letters(seed), meta_train.make_learned(settings), run.average, 8, HORIZON, seed, ADAM)

@@ -27,6 +27,7 @@ import estimators
 import evaluate
 import machine
 import model
+import objective
 import tasks
 from evaluate import number
 from settings import (
@@ -72,13 +73,13 @@ def inner_problem(settings, family, learned, pool=None):
     """Training one task of `family` with the learned optimizer, as something to unroll.
 
     The loss after an inner step is the OuterLoss of a few batches of the target's split. Each
-    episode has a new task or, with a pool (see `evaluate.make_pool`), one of that.
+    episode has a new task or, with a pool (see `objective.make_pool`), one of that.
     """
     def loss(task, params, batch):
         return family.loss(task, finite_adjoint(params), batch)
 
-    finite, split = family._replace(loss=loss), evaluate.TARGETS[settings.target]
-    outer_loss = evaluate.OUTER_LOSSES[settings.outer_loss].loss
+    finite, split = family._replace(loss=loss), objective.TARGETS[settings.target]
+    outer_loss = objective.OUTER_LOSSES[settings.outer_loss].loss
 
     def measure(task, inner, key):
         def one(key):
@@ -160,11 +161,11 @@ def make_outer(settings):
     """-> (start(key) -> Run, {family: outer step(run, key)}), jitted, with the pairs shared out."""
     learned, each = make_learned(settings), {}
     begin = begun(settings)
-    cap = evaluate.OUTER_LOSSES[settings.outer_loss].cap
+    cap = objective.OUTER_LOSSES[settings.outer_loss].cap
     longest = round(settings.truncation * (1 + settings.jitter))
     for name in settings.tasks:
         family = make_family(settings, name)
-        pool = evaluate.make_pool(family, settings.num_tasks, settings.horizon, settings.target)
+        pool = objective.make_pool(family, settings.num_tasks, settings.horizon, settings.target)
         problem = inner_problem(settings, family, learned, pool)
         each[name] = getattr(estimators, settings.estimator)(
             problem, num_pairs=settings.num_pairs, truncation=min(longest, settings.horizon),
@@ -387,9 +388,9 @@ def fitted(settings, theta):
     count = settings.num_tasks + settings.fit
     keys = random.split(random.key(2 ** 31 + settings.seed), count)[settings.num_tasks:]
     families = [make_family(settings, name) for name in settings.tasks]
-    return evaluate.fit_step_size(
+    return objective.fit_step_size(
         make_learned(settings), theta, families, keys, settings.horizon, settings.target,
-        evaluate.OUTER_LOSSES[settings.outer_loss])
+        objective.OUTER_LOSSES[settings.outer_loss])
 
 
 def finish(settings, folder, run):

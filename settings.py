@@ -6,6 +6,7 @@ import numpy as np
 
 import evaluate
 import model
+import objective
 import tasks
 from evaluate import number
 
@@ -65,8 +66,8 @@ class Settings:
     few: number(float, 0, 1) = flag(0.0, "share of tasks with few examples to learn from")
     optimizer: tuple(model.LEARNED) = flag("hierarchical", "what to meta-train")
     estimator: ESTIMATORS = flag("truncated_backprop", "of the meta-gradient")
-    target: tuple(evaluate.TARGETS) = flag("valid", "the loss it is for, held out or training")
-    outer_loss: tuple(evaluate.OUTER_LOSSES) = flag("end_root", "what a loss counts")
+    target: tuple(objective.TARGETS) = flag("valid", "the loss it is for, held out or training")
+    outer_loss: tuple(objective.OUTER_LOSSES) = flag("end_root", "what a loss counts")
     outer_batches: number(int, 1, 1000) = flag(1, "batches of it after each inner step")
     outer_steps: COUNT = flag(320, "updates of theta in all; a finished run can go on with more")
     minutes: POSITIVE = flag(7.8, "stop then even if steps are left; counted from each launch")

@@ -13,6 +13,7 @@ from jax import random, tree
 import evaluate
 import machine
 import model
+import objective
 import tasks
 from test_meta_train import bowl, one_baseline, rates
 
@@ -61,7 +62,7 @@ def test_curves_are_kept_by_content(tmp_path, monkeypatch):
 
 
 def test_a_pool_holds_what_adam_reaches_at_its_best_rate_on_each_of_its_tasks():
-    keys, best = evaluate.make_pool(bowl(), 3, 40, "valid")
+    keys, best = objective.make_pool(bowl(), 3, 40, "valid")
     for i, key in enumerate(random.split(random.key(2 ** 31), 3)):
         assert (random.key_data(keys[i]) == random.key_data(random.split(key, 4)[0])).all()
         curves = np.array([plain_curve(key, rate, ["outer_valid"]) for rate in evaluate.RATES])
@@ -114,8 +115,8 @@ def test_the_safest_is_the_smallest_that_cannot_be_told_from_the_lowest():
     multiples, worse = np.float64([0.25, 0.5, 1, 2]), np.float64([[1, 1, 0, 3], [1, -0.8, 0, 3]])
     for n, wanted in ((100, 0.5), (400, 1)):
         values = np.tile(worse, (n // 2, 1)) + 100 * np.arange(n)[:, None]
-        assert evaluate.safest(multiples, values) == wanted
-    assert evaluate.safest(multiples, -multiples[None]) == 2
+        assert objective.safest(multiples, values) == wanted
+    assert objective.safest(multiples, -multiples[None]) == 2
 
 
 @pytest.mark.parametrize("target, split", [("valid", "outer_valid"), ("train", "train")])
@@ -129,11 +130,11 @@ def test_the_fit_tries_multiples_and_never_looks_at_the_test_split(target, split
         losses = np.stack([np.ones(5), later, later], -1)
         return {"curves": np.broadcast_to(losses[None, :, :, None], (len(keys), 5, 3, 2))}
     monkeypatch.setattr(evaluate, "runs", curves)
-    fitted = evaluate.fit_step_size(rates(), theta, [bowl()] * 2, random.split(key, 4), 40, target,
-                                    evaluate.OUTER_LOSSES["end_root"])
+    fitted = objective.fit_step_size(rates(), theta, [bowl()] * 2, random.split(key, 4), 40, target,
+                                    objective.OUTER_LOSSES["end_root"])
     quarter = np.log(0.25)  # the nearest to -1.5 of the five
     np.testing.assert_allclose(tried[0], [-np.log(2) * np.arange(5), np.zeros(5)], atol=1e-5)
-    np.testing.assert_allclose(tried[2], [[quarter] * 5, np.log(evaluate.MULTIPLES)], atol=1e-5)
+    np.testing.assert_allclose(tried[2], [[quarter] * 5, np.log(objective.MULTIPLES)], atol=1e-5)
     found = [fitted[name] - theta[name] for name in ("log_bias", "log_lr")]
     np.testing.assert_allclose(found, [quarter, -0.5 * np.log(2)], atol=1e-5)  # and to -0.2
 

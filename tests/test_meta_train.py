@@ -27,6 +27,7 @@ import evaluate
 import machine
 import meta_train
 import model
+import objective
 import tasks
 from settings import ESTIMATORS, Settings
 
@@ -201,7 +202,7 @@ def test_a_run_can_begin_with_an_optimizer_that_is_there(toys, small):
 def test_few_examples_reach_learning_and_the_fit(toys, monkeypatch):
     shares, theta = [], rates().init(random.key(0))
     monkeypatch.setattr(tasks, "few_examples", lambda family, x: shares.append(x) or family)
-    monkeypatch.setattr(evaluate, "fit_step_size", lambda *given: given[1])
+    monkeypatch.setattr(objective, "fit_step_size", lambda *given: given[1])
     settings = dataclasses.replace(SETTINGS, few=0.25)
     make_outer(settings)
     assert shares == 2 * [0.25]
@@ -436,11 +437,11 @@ def test_unrolls_grow_and_are_drawn_around_their_mean(step, middle):
 
 def test_the_fit_meets_no_task_of_the_pool(monkeypatch):
     met, theta = [], rates().init(random.key(0))
-    monkeypatch.setattr(evaluate, "fit_step_size", lambda *given: met.append(given[3]) or 1 / 0)
+    monkeypatch.setattr(objective, "fit_step_size", lambda *given: met.append(given[3]) or 1 / 0)
     with pytest.raises(ZeroDivisionError):  # the rest of finish is not needed
         settings = dataclasses.replace(SETTINGS, num_tasks=4, fit=3, seed=0)
         meta_train.finish(settings, None, meta_train.Run(theta, theta, *[None] * 4))
-    fit, (pool, _) = jax.vmap(lambda key: random.split(key, 4)[0])(met[0]), evaluate.make_pool(
+    fit, (pool, _) = jax.vmap(lambda key: random.split(key, 4)[0])(met[0]), objective.make_pool(
         bowl(), 4, 20, "valid")
     fit, pool = ({x.tobytes() for x in np.array(random.key_data(keys))} for keys in (fit, pool))
     assert len(pool) == 4 and len(fit) == 3 and not pool & fit
