@@ -18,7 +18,7 @@ from optimizers import (  # noqa: F401
     steps_of)
 from papers import (  # noqa: F401
     DECAYS, Form, LearnedOptimizer, component_lstm, joined, p1, p2, product, tanh_times)
-from tensors import by_shape, each, mean, row, sizes
+from tensors import by_shape, each, mean, per_tensor, row
 
 HORIZON = 400  # steps of a training, where nothing else is said
 B1, B2 = 1, 3  # Adam's two among DECAYS
@@ -50,16 +50,16 @@ def unit_weights(learned):
         lambda theta: learned.optimizer(scaled(theta, -0.5)))
 
 
-def anchored_step(pace, steers=()):
+def anchored_step(pace, steered_by=()):
     """The step pace lr exp(min(a, 1)) (adam + d), which scales and bends Adam's; at first
     a = d = 0.
 
     d and a are linear in the last hidden layer and the features, so that a weight decay or another
     momentum is learned in a few steps. What the layer adds to d has mean zero, and what d reads
     directly is odd: to push a whole tensor one way kills ReLU units, which costs much later and is
-    seen in no derivative. Hence the limit of 1, too. pace(theta, seen): [tensors]. `steers`, like
-    `cues` of a Form, steer each tensor's step: they add to a and, within +-1, to the weights of
-    what d reads.
+    seen in no derivative. Hence the limit of 1, too. pace(theta, seen): [tensors]. What functions
+    of what is seen, `steered_by`, give for each tensor, [F, tensors], steers its step: it adds to a
+    and, within +-1, to the weights of what d reads.
     """
     def change(theta, hidden, features, odd, seen):
         w = theta("step/w", (len(hidden[0]), 2))
@@ -68,8 +68,8 @@ def anchored_step(pace, steers=()):
         log_lr = theta("log_lr", (), 0.0, np.log(0.01))
         slow = pace(theta, seen)
         steer = jnp.zeros((1 + odd, len(seen.shapes)))
-        if steers:
-            read = joined(*(f(seen) for f in steers))
+        if steered_by:
+            read = joined(*(f(seen) for f in steered_by))
             steer = theta("steer", (len(read), 1 + odd)).T @ read
 
         def one(h, x, adam, steer, slow):
@@ -120,16 +120,13 @@ def paces(horizon, theta, seen):
     return jnp.where(weights, narrow, bias) * longer / over
 
 
-def agreement(seen):
-    """The squares of `directions`; which parameters ever had a gradient; and which rest now."""
-    real = seen.v[B2] > 0
-    return [*directions(seen) ** 2, real, real & (seen.g == 0)]
-
-
 def signal_to_noise(seen, unit=1.0):
     """How well a tensor's gradients agree over the span of each average, [6, tensors]: in decibels
     above pure noise, over `unit`; and, last, five times the share of parameters at rest."""
-    powers, real, rest = jnp.split(seen.more, [len(DECAYS), len(DECAYS) + 1])
+    real = seen.v[B2] > 0  # ever had a gradient
+    rows = jnp.stack([*directions(seen) ** 2, real, real & (seen.g == 0)])
+    means = per_tensor(by_shape(rows, seen.shapes))
+    powers, real, rest = jnp.split(means, [len(DECAYS), len(DECAYS) + 1])
     decays = DECAYS ** seen.t
     noise = (1 - DECAYS) / (1 + DECAYS)  # of averaged white noise, in the long run
     noise = noise * (1 + decays) / (1 - decays)
@@ -144,7 +141,7 @@ def generalisation_gap(train, valid):
     return (jnp.clip(gap, -3, 3),)
 
 
-def bearings(seen):
+def lstm_time_losses(seen):
     """The LSTM, the time (P1's, of 10 to 3000 steps) and the losses, [F, tensors]."""
     shared = jnp.concatenate([tanh_times(seen)[1:7], seen.losses])
     return jnp.concatenate([seen.h, each(shared, seen.shapes)])
@@ -162,23 +159,26 @@ ADDITIONS = ("anchored_step", "paces", "steering", "signal_to_noise", "orthogona
              "generalisation_gap", "going_back", "relative_time", "unit_weights")
 
 
-def ours(paper, horizon, without, steers=()):
+def ours(paper, horizon, without, steered_by=()):
     """paper(form) with all that this project adds, less what is named, of ADDITIONS."""
     horizon = steps_of(horizon)
     if set(without) - set(ADDITIONS):
         raise ValueError(f"without must name some of {', '.join(ADDITIONS)}, not {without}.")
     pace = no_paces if "paces" in without else functools.partial(paces, horizon)
-    steers = [f for f in steers if not {"steering", f.__name__} & {*without}]
-    signals = functools.partial(signal_to_noise, unit=10.0)
-    changes = {
-        "anchored_step": dict(step=anchored_step(pace, steers)),
-        "generalisation_gap": dict(gap=generalisation_gap),
-        "signal_to_noise": dict(rows=(agreement,), cues=(signals,)),
-        "orthogonal_momentum": dict(views=(orthogonal_momentum,)),
-        "relative_time": dict(time=functools.partial(relative_time, horizon), valid_decay=0.8)}
+    steered_by = [f for f in steered_by if not {"steering", f.__name__} & {*without}]
     form = Form(bound=5.0)
-    for name in changes.keys() - {*without}:
-        form = form._replace(**changes[name])
+    if "anchored_step" not in without:
+        form = form._replace(step=anchored_step(pace, steered_by))
+    if "generalisation_gap" not in without:
+        form = form._replace(gap=generalisation_gap)
+    if "signal_to_noise" not in without:
+        signals = functools.partial(signal_to_noise, unit=10.0)
+        form = form._replace(lstm_inputs=(*form.lstm_inputs, signals))
+    if "orthogonal_momentum" not in without:
+        form = form._replace(mlp_inputs=(*form.mlp_inputs, orthogonal_momentum))
+    if "relative_time" not in without:
+        time = functools.partial(relative_time, horizon)
+        form = form._replace(time=time, valid_decay=0.8)
     found = paper(form=form)
     return found if "unit_weights" in without else unit_weights(found)
 
@@ -197,7 +197,7 @@ def hierarchical(lstm=32, units=16, horizon=HORIZON, without=()):
     """P2's optimizer with all that this project adds. `horizon`: the steps that a training takes;
     after them the LSTM rests."""
     paper = functools.partial(p2, lstm, units)
-    found = ours(paper, horizon, without, (bearings, signal_to_noise))
+    found = ours(paper, horizon, without, (lstm_time_losses, signal_to_noise))
     if "going_back" in without:
         return found
     return LearnedOptimizer(found.init, lambda theta: going_back(found.optimizer(theta)))
@@ -218,7 +218,7 @@ def save(path, name, theta, **facts):
     """Writes theta, the name (a key of LEARNED) and facts (JSON values) to an .npz file. The fact
     `sizes` holds the arguments the optimizer was made with; the rest, what it learned from."""
     about = json.dumps({"name": name, "sizes": {}, **facts})
-    arrays = {f"theta/{k}": np.asarray(x) for k, x in theta.items()}
+    arrays = {f"theta/{k}": np.asarray(x, np.float32) for k, x in theta.items()}
     machine.write_npz(path, {"about": np.array(about), **arrays})
 
 
@@ -239,7 +239,8 @@ def load(path, horizon=None):
         (x.shape, x.dtype) == (wanted[k].shape, wanted[k].dtype) and np.isfinite(x).all()
         for k, x in theta.items())
     if not alike:
-        raise ValueError(f"{path} holds meta-parameters that do not fit a {name} of {arguments}.")
+        raise ValueError(f"{path} holds meta-parameters that do not fit a {name} of {arguments}, "
+                         "or are not finite.")
     return found, tree.map(jnp.asarray, theta)
 
 

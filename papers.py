@@ -128,7 +128,6 @@ class Seen(NamedTuple):
     time: jax.Array     # as features of it are told, see `Form`
     shapes: list        # of the tensors
     losses: Any = None  # [2 or more], how both losses compare with the recent training loss (P2)
-    more: Any = None    # [F, tensors], means of what `p2` is given to average
     h: Any = None       # [lstm, tensors], what each tensor's LSTM makes of it (P2)
 
 
@@ -198,9 +197,8 @@ class Form(NamedTuple):
     valid_decay: float = 0.95       # of the running validation loss (P2)
     gap: Callable = lambda train, valid: ()  # of both running losses: what else is told of them
     # Functions of what is seen that P2's tensors and parameters are told of besides:
-    rows: tuple = ()   # -> a list of [n]; their means over each tensor are seen, too
-    cues: tuple = ()   # -> [F, tensors], which the LSTMs read
-    views: tuple = ()  # -> [F, n], odd features that the MLP reads
+    lstm_inputs: tuple = ()  # -> [F, tensors]
+    mlp_inputs: tuple = ()   # -> [F, n], all odd in g and w
 
 
 # ---------------------------------------------------------------- P1: a small MLP per parameter
@@ -282,12 +280,12 @@ def surprise(train, loss):
     return jnp.where(count > 0, jnp.clip(score, -5, 5), 0.0)
 
 
-def tensor_means(seen, more):
-    """Of m, v, w [3, tensors]; of the squares of m, v, w, g [4, tensors]; and of more rows [n]."""
+def tensor_means(seen):
+    """Of m, v, w [3, tensors], and of the squares of m, v, w, g [4, tensors]."""
     m, v, w, g = seen.m, seen.v, seen.w, seen.g
     m1, v1, m2, v2 = (sum(x) / len(DECAYS) for x in (m, v, m * m, v * v))
-    rows = jnp.stack([m1, v1, w, m2, v2, w * w, g * g, *more])
-    return jnp.split(per_tensor(by_shape(rows, seen.shapes)), [3, 7])
+    rows = jnp.stack([m1, v1, w, m2, v2, w * w, g * g])
+    return jnp.split(per_tensor(by_shape(rows, seen.shapes)), [3])
 
 
 def statistics(means, squares, shapes):
@@ -371,21 +369,19 @@ def p2(lstm=64, units=32, form=Form(bound=5.0)):
         train, valid, losses = loss_features(state, losses, form)
         t = memory[2]
         seen = Seen(g, w, *memory, form.time(t), shapes, losses)
-        averaged = [row for f in form.rows for row in f(seen)]
-        means, squares, more = tensor_means(seen, averaged)
-        seen = seen._replace(more=more)
+        means, squares = tensor_means(seen)
         size = jnp.sqrt(1e-8 + jnp.mean(squares[3]))  # of g
         size = (1 - rate) * state.size + rate * size
 
         known = [statistics(means, squares, shapes)]
-        known += [cue(seen) for cue in form.cues]
+        known += [f(seen) for f in form.lstm_inputs]
         known += [each(losses, shapes), each(state.context, shapes), state.feedback]
         h, c = lstm_cell(theta, "lstm", jnp.concatenate(known), state.h, state.c)
         rests = form.time(t - 1) == seen.time
         h, c = jnp.where(rests, state.h, h), jnp.where(rests, state.c, c)
         seen = seen._replace(h=h)
 
-        odd = [parameter_features(seen), *(view(seen) for view in form.views)]
+        odd = [parameter_features(seen), *(f(seen) for f in form.mlp_inputs)]
         odd = jnp.concatenate(odd)
         log_w = jnp.log(jnp.abs(w)[None] + 1e-8)
         even = log_w, seen.v, lax.rsqrt(seen.v + 1e-6)
