@@ -164,7 +164,8 @@ def read_npz(path):
     except FileNotFoundError:
         raise ValueError(f"There is no file {path}.") from None
     except damages as error:
-        raise ValueError(f"{path} is damaged or not an .npz file ({error}).") from None
+        reason = str(error).split(". ")[0]  # what numpy says further of pickles is bad advice
+        raise ValueError(f"{path} is damaged or not an .npz file ({reason}).") from None
 
 
 def kept(name, make):

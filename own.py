@@ -33,7 +33,7 @@ def require(fine, sentence):
 
 # ---------------------------------------------------------------- files
 
-MISSING = "", "?", "na", "nan", "n/a", "null"
+MISSING = "", "?", "na", "nan", "n/a", "#n/a", "<na>", "null"
 WORDS = {"true": 1, "false": 0} | dict.fromkeys([*MISSING, "none"], np.nan)
 
 
@@ -48,10 +48,12 @@ def column(cells):
 def cells_of(path):
     """-> the names of a table's columns, its rows of cells; both without what is blank."""
     try:
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            lines = file.readlines()
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = [line for line in file if line.strip()]
         separator = max(",;\t", key="".join(lines[:1]).count)
         rows = list(csv.reader(lines, delimiter=separator, skipinitialspace=True))
+    except UnicodeError:
+        raise ValueError(f"{path} is not text in UTF-8: save it as such.") from None
     except (OSError, csv.Error) as error:
         raise ValueError(f"{path} can't be read as a table ({error}).") from None
     names, *rows = [[cell.strip() for cell in row] for row in rows if any(row)] or [[]]
@@ -80,8 +82,10 @@ def table(path, targets):
                 f"none beside it: there are {', '.join(columns)}.")
         y.append(columns.pop(name))
     for name, cells in columns.items():
-        require(cells.dtype.kind == "f", f"Column {name} holds text: leave it out, or give each of "
-                "its words a column of 0 and 1.")
+        if cells.dtype.kind == "U":
+            text = next(cell for cell in cells if column([cell]).dtype.kind == "U")
+            raise ValueError(f"Column {name} holds text ({text}): write numbers with a point and "
+                             "without units; leave words out, or give each a column of 0 and 1.")
     x, y = np.stack(list(columns.values()), 1), np.stack(y, 1)
     for part in np.unique(parts):
         arrays |= {f"x_{part}": x[parts == part], f"y_{part}": y[parts == part]}
@@ -147,10 +151,11 @@ def inputs(x):
             f"x has shape {', '.join(str(a.shape) for a in x.values())}, but must be rows [n, F] or"
             " images [n, H, W] or [n, H, W, C], all of one size: reshape it.")
     require(len(x["train"]) >= 20, "There must be at least 20 rows to train on.")
+    wanted = ("x must hold finite numbers: give each word a column of 0 and 1, and write NaN for "
+              "what is missing.")
+    require(all(a.dtype.kind in "buif" for a in x.values()), wanted)
     x, said = np.concatenate(list(x.values())), ""
-    require(x.dtype.kind in "buif" and not (x.dtype.kind == "f" and np.isinf(x).any()),
-            "x must hold finite numbers: give each word a column of 0 and 1, and write NaN for "
-            "what is missing.")
+    require(x.dtype.kind != "f" or not np.isinf(x).any(), wanted)
     if x.dtype.kind == "f" and np.isnan(x).any():
         said = f", of which {np.isnan(x).sum()} missing numbers take the mean"
     if x.ndim == 4:
@@ -167,13 +172,14 @@ def outputs(y):
     seen, y = len(y["train"]), [a.reshape(len(a), -1) for a in y.values()]
     require(len({(a.shape[1], a.dtype.kind in "US") for a in y}) == 1,
             "All y must be alike: labels, or as many targets.")
+    wanted = "y must hold finite numbers, or one word for each row: leave out rows without."
+    require(all(a.dtype.kind in "buifUS" for a in y), wanted)
     y = np.concatenate(y)
     (n, columns), kind, how = y.shape, y.dtype.kind, ""
     text = kind in "US"
     y = y.astype(str) if text else y
     require(kind in "bui" or kind == "f" and np.isfinite(y).all()
-            or text and columns == 1 and not np.isin(np.char.lower(y), MISSING).any(),
-            "y must hold finite numbers, or one word for each row: leave out rows without.")
+            or text and columns == 1 and not np.isin(np.char.lower(y), MISSING).any(), wanted)
     if columns > 1 and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
         y, columns, kind, how = y.argmax(1), 1, "i", ", one-hot"
     names, labels = np.unique(y, return_inverse=True)

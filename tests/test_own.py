@@ -270,6 +270,8 @@ UNUSABLE = [
     ({"x_train": None}, "x_train and y_train"), ({"y_test": None}, "x_test and y_test or neither"),
     ({"x_train": np.full((60, 28, 28), "a")}, "x must hold finite numbers"),
     ({"x_test": np.full((20, 28, 28), np.inf)}, "finite numbers"),
+    ({"x_test": np.zeros((20, 28, 28), "M8[s]")}, "x must hold finite numbers"),
+    ({"y_test": np.zeros(20, "M8[s]")}, "y must hold finite numbers"),
     ({"x_train": np.zeros(60)}, "reshape"),
     ({"x_test": np.zeros((20, 27, 28))}, "reshape"),
     ({"x_train": np.zeros((60, 28, 0)), "x_test": np.zeros((20, 28, 0))}, "reshape"),
@@ -287,9 +289,10 @@ UNUSABLE = [
     ("a,y\n" + "".join(f'1,"{i},000"\n' for i in range(40)), "hardly ever repeats"),
     ("a,y\n" + "1,no\n2,NA\n" * 20, "leave out rows"), ("5.1,no\n" * 30, "names its columns"),
     ({"y_train": np.array([0, "a", None] * 20)}, "unpickled"), ("a,b\n1,2,3\n", "Row 1"),
+    ("a,y\n" + "1,j\xe4\n2,j\xf6\n" * 20, "UTF-8"),
     ("1,2\n3,4\n", "names its columns"), ("", "names its columns"), ("a,b\n", "have rows"),
     ("a,a,b\n" + "1,2,3\n" * 20, "no two alike"), ("a,b,split\n" + "1,2,3\n" * 20, "x_train"),
-    ("a,b\n" + "1,2\nx,3\n" * 10, "Column a holds text"), ("a\n1\n", "none beside it")]
+    ("a,b\n" + "1,2\n5%,3\n" * 10, "a holds text (5%)"), ("a\n1\n", "none beside it")]
 
 
 @pytest.fixture
@@ -304,7 +307,7 @@ def theta(tmp_path, monkeypatch):
 def test_unusable_data_end_in_one_sentence(theta, tmp_path, monkeypatch, capsys):
     for change, words in UNUSABLE:
         if isinstance(change, str):
-            (tmp_path / "my.csv").write_text(change)
+            (tmp_path / "my.csv").write_text(change, "latin-1")
         else:
             arrays = {k: x for k, x in (my_data() | change).items() if x is not None}
             np.savez("my.npz", **arrays)
