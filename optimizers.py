@@ -41,7 +41,7 @@ def careful(init, update):
         losses = dict(loss=scalar(value if loss is None else loss), valid_loss=scalar(valid_loss))
         updates, new = update(given[0], state, given[1], **losses)
         return tuple(
-            tree.map(lambda x, old: x.astype(old.dtype), found, like)
+            tree.map(lambda x, old: x.astype(jnp.result_type(old)), found, like)
             for found, like in ((updates, params), (new, state)))
 
     return Optimizer(start, step)
