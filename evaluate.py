@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+import signal
 import time
 from pathlib import Path
 
@@ -305,7 +306,8 @@ def print_summary(name, result):
             cell = f"{row[key]:{form}} ({low:{form}} to {high:{form}})"
             line += f"{cell:>24}"
         print(line)
-    print(f"diverged runs of the learned optimizer: {result['diverged']}")
+    print(f"diverged runs of the learned optimizer (not finite, or ending above the start): "
+          f"{result['diverged']}")
 
 
 # ---------------------------------------------------------------- pictures
@@ -371,6 +373,7 @@ def number(kind, low, high=np.inf):
         if low <= value <= high:  # NaN is not
             return value
         raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
+    parse.__name__ = kind.__name__  # argparse names it where that says no
     return parse
 
 
@@ -405,8 +408,8 @@ def main():
         learned, theta = model.load(o.theta, o.horizon)
         target = o.picture or Path(o.theta).with_name(f"comparison-{name}.png")
         for file in (target, o.json or target):
-            if not Path(file).parent.is_dir():
-                raise ValueError(f"There is no folder to write {file} to.")
+            if not Path(file).parent.is_dir() or Path(file).is_dir():
+                raise ValueError(f"{file} must be a file in a folder that is there.")
         if o.horizon % EVERY:
             raise ValueError(f"--horizon must be a multiple of {EVERY}, not {o.horizon}.")
         if name == "data":
@@ -440,7 +443,8 @@ def main():
           f"so in seconds it is {faster:.2f} times as fast; its state is {larger:.1f} times Adam's")
     try:
         if o.json:
-            Path(o.json).write_text(json.dumps(result, indent=2))
+            with machine.whole(o.json) as partial:
+                Path(partial).write_text(json.dumps(result, indent=2))
         compare_picture(target, curves)
     except (OSError, ValueError) as error:  # a ValueError is matplotlib's
         parser.error(f"The comparison is done, but could not be written: {error}.")
@@ -448,5 +452,6 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     machine.configure_jax()
     main()

@@ -6,6 +6,7 @@ their range is shaded. An interval is three such rows: the value, low and high.
 """
 import argparse
 import os
+import signal
 import timeit
 from dataclasses import replace
 from functools import partial
@@ -444,7 +445,7 @@ def main():
     add("--theta", help="FILE whose behaviour it is, for "
                         f"{', '.join(name for name, f in EXPERIMENTS.items() if f in BEHAVIOURS)}")
     add("--data", nargs="+", metavar="FILE", help="whose learning curves own-data draws")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seed", type=evaluate.number(int, 0, 2 ** 31 - 1), default=0, help="of everything random")
     add("--out", default="figures", help="folder for the picture and the table")
     o = parser.parse_args()
     experiment, given, rows = EXPERIMENTS[o.name], [o.seed], []
@@ -459,11 +460,13 @@ def main():
         if o.data:
             given.append({x: own.family(own.understood(own.read(x))) for x in o.data})
         os.makedirs(o.out, exist_ok=True)
-        for panel, line, x, y in experiment(*given):
-            print(panel, line, x, y, flush=True)
-            rows += [(panel, line, *point) for point in np.broadcast(x, y)]
-        with machine.whole(f"{o.out}/{o.name}.csv") as part:
-            np.savetxt(part, rows, '"%s","%s",%s,%s', header="panel,line,x,y", comments="")
+        with machine.whole(f"{o.out}/{o.name}.csv") as part, open(part, "w") as table:
+            print("panel,line,x,y", file=table)
+            for panel, line, x, y in experiment(*given):
+                print(panel, line, x, y, flush=True)
+                new = [(panel, line, *point) for point in np.broadcast(x, y)]
+                np.savetxt(table, new, '"%s","%s",%s,%s')
+                rows += new
         evaluate.picture(f"{o.out}/{o.name}.png", rows, LOOKS.get(experiment, {}))
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -471,5 +474,6 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     machine.configure_jax()
     main()

@@ -259,6 +259,7 @@ def train(settings, folder, run, rows, outer_steps, deadline=np.inf,
                                  "--learning-rate.")
         with together():
             run = save(settings, folder, run, rows)
+    print(f"{int(run.step)} outer steps done, saved in {folder}", flush=True)
     if stopped:
         raise KeyboardInterrupt
     return run
@@ -310,7 +311,7 @@ def save(settings, folder, run, rows):
     panels = {"smoothed": dict(title="outer loss, running mean"),
               "gradient": dict(title="norm of the meta-gradient", yscale="log")}
     lines = [(name, row["family"], row["step"], row[name]) for name in panels for row in rows]
-    evaluate.picture(folder / "curves.png", lines, panels)
+    evaluate.picture(folder / "curves.png", lines, {"xlabel": "outer step"} | panels)
     return run
 
 
@@ -362,7 +363,8 @@ def parse(parser):
         if not isinstance(stored, dict) or set(stored) != known or "log" not in arrays:
             raise ValueError(f"{folder} holds no checkpoint of this version of the program.")
         stored |= {name: tuple(x) for name, x in stored.items() if isinstance(x, list)}
-        changed = [name for name in chosen if name not in FREE and chosen[name] != stored[name]]
+        free = FREE[1:] if stored["outer_optimizer"] else FREE  # that is told of all outer steps
+        changed = [name for name in chosen if name not in free and chosen[name] != stored[name]]
         if changed:
             raise ValueError(f"{folder} was begun with another {changed[0]}: resume it without "
                              "that flag, or start a new run.")

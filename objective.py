@@ -72,7 +72,7 @@ def make_pool(family, count, horizon, target):
     """
     if not count:
         return None
-    print(f"Adam is tuned on {count} tasks of {family.name}, unless that was done before",
+    print(f"Adam is tuned on {count} tasks of {family.name}: minutes, if it wasn't done before",
           flush=True)
     keys = random.split(random.key(2 ** 31), count)
     family = watched(family, target)

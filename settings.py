@@ -60,7 +60,8 @@ class Settings:
     """Every field is a flag: of a type for argparse, or from what there is to choose from. Where
     nothing is said a recipe counts, then what is left out, then what suits an estimator."""
     recipe: tuple(RECIPES) = flag("ours", "whose system: all that follows, where nothing is said")
-    without: some_of(ADDITIONS) = flag((), "of what this project adds, names with commas, or all")
+    without: some_of(ADDITIONS) = flag(
+        (), "additions of this project, by name, or all; in place of what the recipe leaves out")
     tasks: FAMILIES = flag(("mlp",), "families, joined by commas, or all")
     num_tasks: SOME = flag(0, "tasks of each, against tuned Adam (0: ever new)")
     few: number(float, 0, 1) = flag(0.0, "share of tasks with few examples to learn from")
@@ -82,7 +83,7 @@ class Settings:
     sigma: NOT_NEGATIVE = flag(0.0, "deviation of the noise on theta; 0 for backprop alone")
     adjoint: POSITIVE = flag(1.0, "largest norm of what backprop sends from step to step")
     clip: POSITIVE = flag(0.3, "largest norm of one pair's pathwise gradient")
-    learning_rate: POSITIVE = flag(6e-3, "of the outer Adam at its start")
+    learning_rate: number(float, 1e-30, 1e9) = flag(6e-3, "of the outer Adam at its start")
     b1: number(float, 0, 0.999) = flag(0.9, "of the outer Adam, the decay of its momentum")
     warmup: COUNT = flag(10, "outer steps in which its rate rises")
     decay_steps: POSITIVE = flag(32.0, "outer steps that halve that rate; then like 1 / step")

@@ -24,7 +24,8 @@ def test_two_processes_and_then_two_devices_find_the_theta_of_one_device(
         toys, tmp_path, monkeypatch):  # noqa: F811
     """One of the processes is killed: the other ends with one sentence, and its save goes on."""
     monkeypatch.setattr(meta_train, "make_outer", made.__wrapped__)
-    folder, wide, address = tmp_path / "many", [*TINY, "--num-pairs", 8], free_address()
+    wide = *TINY, "--tasks", "function", "--num-pairs", 8
+    folder, address = tmp_path / "many", free_address()
     both = "--devices", 1, "--coordinator", address, "--processes", 2, "--process"
     pair = [start(*wide, "--save-seconds", 0.1, "--outer-steps", 10 ** 6, "--out", folder, *both, i,
                   cwd=tmp_path) for i in (0, 1)]

@@ -287,7 +287,8 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --out small; --out file; --out file/run; --out partial-small;
     --out /proc/run; --resume nowhere; --resume empty;
     --resume damaged; --resume foreign; --resume stranger; --resume=; --resume small --seed 4;
-    --resume less; --resume former; --resume small --estimator es; --resume small --out other;
+    --resume less; --resume former; --resume moved --outer-steps 9; --learning-rate inf;
+    --resume small --estimator es; --resume small --out other;
     --devices 0; --devices two; --wait 0; --processes 2; --process 0; --coordinator here;
     --coordinator here:80;
     --coordinator here:there --processes 2 --process 0; --coordinator here:80 --processes 2;
@@ -303,9 +304,11 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     theta.npz --data file; theta.npz --target y; theta.npz --data other.npz --target y;
     theta.npz --tasks {2 ** 31}; theta.npz --horizon 0; theta.npz --horizon {2 ** 31 + 4};
     theta.npz --net rnn; theta.npz theta.npz;
-    theta.npz --picture no/such/folder/picture.png; theta.npz --json no/such/folder/table.json""",
-         "experiments": """nothing; landscape --seed x; landscape --theta theta.npz;
-    landscape --out file/x; regularisation --theta missing.npz; wall-clock --theta foreign.npz;
+    theta.npz --picture no/such/folder/picture.png;
+    theta.npz --picture empty; theta.npz --json no/such/folder/table.json""",
+         "experiments": f"""nothing; landscape --seed x; landscape --theta theta.npz;
+    landscape --out file/x; landscape --seed -1; landscape --seed {10 ** 20};
+    regularisation --theta missing.npz; wall-clock --theta foreign.npz;
     own-data; landscape --data other.npz; own-data --data missing.npz; own-data --data other.npz"""}
 
 
@@ -329,6 +332,9 @@ def test_wrong_uses_end_in_one_sentence_and_write_nothing(
     np.savez("less/checkpoint.npz", **{k: x for k, x in arrays.items() if k != "leaf0007"})
     Path("former").mkdir()  # as versions wrote it that kept no log and named families in a string
     stored = json.loads(str(arrays.pop("settings"))) | {"tasks": "mlp"}
+    Path("moved").mkdir()  # by a learned optimizer that was told of all outer steps
+    moved = stored | {"tasks": SETTINGS.tasks, "outer_optimizer": "theta.npz"}
+    np.savez("moved/checkpoint.npz", settings=json.dumps(moved), **arrays)
     kept = {k: x for k, x in arrays.items() if k != "log"}
     np.savez("former/checkpoint.npz", settings=json.dumps(stored), **kept)
     before = contents(tmp_path)
