@@ -125,19 +125,20 @@ def kept_runs(family, make_optimizer, settings, keys, horizon):
 
 
 def compared(family, learned, theta, num_tasks, horizon, seed=0, baselines=BASELINES):
-    """All on the same tasks: yields a name and its `runs`; "learned", the last, has one setting."""
-    keys = random.split(random.key(seed), num_tasks)
+    """All on the same tasks -> {name: its `runs`}; "learned", the last, has one setting."""
+    keys, found = random.split(random.key(seed), num_tasks), {}
     for name, (make, settings) in baselines.items():
         make = functools.partial(make, horizon=horizon)
-        yield name, kept_runs(family, make, settings, keys, horizon)
+        found[name] = kept_runs(family, make, settings, keys, horizon)
+        print(f"{time.strftime('%X')} {family.name}: trained with {name}", flush=True)
     one = tree.map(lambda x: x[None], theta)
-    found = runs(family, learned.optimizer, one, keys, horizon, family.shared())
-    yield "learned", tree.map(np.asarray, found)
+    mine = runs(family, learned.optimizer, one, keys, horizon, family.shared())
+    return found | {"learned": tree.map(np.asarray, mine)}
 
 
 def compare(*how, **more):
     """-> {name: [tasks, settings, points, 2]} of `compared`."""
-    return {name: run["curves"] for name, run in compared(*how, **more)}
+    return {name: run["curves"] for name, run in compared(*how, **more).items()}
 
 
 # ---------------------------------------------------------------- what they amount to
@@ -382,12 +383,12 @@ def command_line():
     add = parser.add_argument
     add("theta", nargs="?", default=PRETRAINED,
         help="meta-parameters written by meta_train.py (default: the shipped ones)")
-    add("--family", choices=[*tasks.FAMILIES, *kinds.KINDS], default="mlp",
-        help="of the tasks (default: mlp)")
-    add("--data", help="your own data instead: an .npz file or a .csv table (see README.md)")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--family", choices=[*tasks.FAMILIES, *kinds.KINDS], default="mlp",
+           help="of the tasks (default: mlp)")
+    either("--data", help="your own data instead: an .npz file or a .csv table (see README.md)")
     add("--target", action="append", help="the column of it to predict (default: the last)")
-    add("--net", choices=("mlp", "conv"), default="mlp",
-        help="what is trained on your data (default: mlp)")
+    add("--net", choices=("mlp", "conv"), help="what is trained on your data (default: mlp)")
     add("--tasks", type=number(int, 4, 10 ** 5),
         help="how many (default: 128; 8 starts on your data)")
     add("--horizon", type=number(int, EVERY, 10 ** 7), default=model.HORIZON,
@@ -415,10 +416,10 @@ def main():
         if name == "data":
             mine = own.understood(own.read(o.data, o.target))
             print(f"{o.data}: {mine.sentence}", flush=True)
-            family = own.family(mine, o.net)
+            family = own.family(mine, o.net or "mlp")
             mine.arrays.clear()  # the family has its own: half of the memory
-        elif o.target:
-            raise ValueError("--target needs --data.")
+        elif o.target or o.net:
+            raise ValueError("--target or --net needs --data.")
         elif name in kinds.KINDS:
             family = kinds.KINDS[name]()
         else:
@@ -426,11 +427,11 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     print(f"{o.theta}: {model.about(o.theta)}")
-    curves, measured = {}, {}
-    for optimizer, found in compared(
-            family, learned, theta, o.tasks or count, o.horizon, o.seed, BASELINES | LISTS):
-        curves[optimizer], measured[optimizer] = found["curves"], found["measured"]
-        print(f"{time.time() - begin:6.0f} s: trained with {optimizer}", flush=True)
+    count, every = o.tasks or count, BASELINES | LISTS
+    found = compared(family, learned, theta, count, o.horizon, o.seed, every)
+    curves, measured = (
+        {optimizer: run[kind] for optimizer, run in found.items()}
+        for kind in ("curves", "measured"))
     step = costs(family, {"Adam": model.adam(0.01), "learned": learned.optimizer(theta)})
     result = summary(curves) | {"costs": step}
     if name == "data":

@@ -303,7 +303,8 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     theta.npz --data missing.npz; theta.npz --data other.npz; theta.npz --data missing.csv;
     theta.npz --data file; theta.npz --target y; theta.npz --data other.npz --target y;
     theta.npz --tasks {2 ** 31}; theta.npz --horizon 0; theta.npz --horizon {2 ** 31 + 4};
-    theta.npz --net rnn; theta.npz theta.npz;
+    theta.npz --net rnn; theta.npz --net conv; theta.npz theta.npz;
+    theta.npz --data other.npz --family mlp;
     theta.npz --picture no/such/folder/picture.png;
     theta.npz --picture empty; theta.npz --json no/such/folder/table.json""",
          "experiments": f"""nothing; landscape --seed x; landscape --theta theta.npz;
