@@ -358,8 +358,8 @@ def compare_picture(path, curves):
     for name, value in VALUES.items():
         learned, adam = (best(curves[k][..., 1], value) + 1e-30 for k in ("learned", "Adam"))
         ratios = np.sort(np.log2(learned / adam).clip(-1, 1))
-        line, n = f"{name} test loss", len(ratios)
-        rows += [("all tasks", line, i / n, y) for i, y in enumerate(ratios)]
+        line, shares = f"{name} test loss", np.linspace(0, 1, len(ratios))
+        rows += [("all tasks", line, x, y) for x, y in zip(shares, ratios)]
     looks = dict(xlabel="step", ylabel="test loss")
     compared = dict(xlabel="share of tasks", ylabel="log2(learned / tuned Adam)", ylim=(-1, 1))
     picture(path, rows, looks | {"all tasks": compared})

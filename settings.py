@@ -71,7 +71,7 @@ class Settings:
     outer_loss: tuple(objective.OUTER_LOSSES) = flag("end_root", "what a loss counts")
     outer_batches: number(int, 1, 1000) = flag(1, "batches of it after each inner step")
     outer_steps: COUNT = flag(320, "updates of theta in all; a finished run can go on with more")
-    minutes: POSITIVE = flag(7.8, "stop then even if steps are left; counted from each launch")
+    minutes: POSITIVE = flag(7.8, "stop learning then; from each launch, compiling included")
     save_seconds: POSITIVE = flag(30.0, "time between two saves")
     seed: number(int, 1 - 2 ** 31, 2 ** 31 - 1) = flag(0, "of theta, tasks and noise")
     horizon: STEPS = flag(model.HORIZON, "T, inner steps of an episode")
