@@ -444,8 +444,7 @@ def main():
           f"so in seconds it is {faster:.2f} times as fast; its state is {larger:.1f} times Adam's")
     try:
         if o.json:
-            with machine.whole(o.json) as partial:
-                Path(partial).write_text(json.dumps(result, indent=2))
+            Path(o.json).write_text(json.dumps(result, indent=2))
         compare_picture(target, curves)
     except (OSError, ValueError) as error:  # a ValueError is matplotlib's
         parser.error(f"The comparison is done, but could not be written: {error}.")
