@@ -125,7 +125,7 @@ def test_what_is_refused(name, params, grads, told, sentence):
         optimizer.update(grads, optimizer.init({"w": ONES}), params, **told)
 
 
-@each
+@pytest.mark.parametrize("name", OPTIMIZERS.keys() - LEARNED.keys())
 def test_plain_numbers_may_be_parameters(name):
     params, optimizer = {"w": 1.0}, OPTIMIZERS[name]
     updates, _ = optimizer.update(params, optimizer.init(params), params)
