@@ -391,7 +391,7 @@ def test_batches_that_are_not_finite_leave_the_gradient_of_the_others():
     assert 0 < capped < 10 and abs(left_out["log_lr"]) > 0.1
 
 
-@pytest.mark.parametrize("name", [*ESTIMATORS, "mover"])
+@pytest.mark.parametrize("name", [*ESTIMATORS[:4], "mover"])
 def test_outer_steps_follow_adam_or_a_learned_optimizer_on_the_clipped_gradient(
         name, toys, tmp_path, monkeypatch):
     """Theta, its average (weights 1, 2, 3, 4) and the running mean of the loss, by hand."""

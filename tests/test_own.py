@@ -178,11 +178,11 @@ def test_any_columns_of_a_table_may_be_the_targets_and_an_index_is_ignored(tmp_p
 # ---------------------------------------------------------------- what is trained, and its scores
 
 @pytest.mark.parametrize("shape, net, dtype, targets", [
-    ((28, 28), "mlp", np.uint8, np.uint8), ((32, 32, 3), "conv", np.uint8, np.int64),
-    ((13, 22), "conv", np.float64, np.int64), ((5,), "mlp", np.float32, np.float32)])
+    ((28, 28), "mlp", np.uint8, np.uint8), ((13, 22, 3), "conv", np.uint8, np.int64),
+    ((5,), "mlp", np.float32, np.float32)])
 def test_adam_learns_your_own_data(shape, net, dtype, targets):
     arrays = my_data(shape, 60, dtype, targets)
-    if shape == (32, 32, 3):  # as Keras has cifar10
+    if len(shape) == 3:  # as Keras has cifar10
         arrays |= {name: y[:, None] for name, y in arrays.items() if name[0] == "y"}
     if targets == np.float32:  # several
         arrays |= {name: np.stack([y, 0.5 - y], 1) for name, y in arrays.items() if name[0] == "y"}
