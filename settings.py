@@ -61,7 +61,7 @@ class Settings:
     nothing is said a recipe counts, then what is left out, then what suits an estimator."""
     recipe: tuple(RECIPES) = flag("ours", "whose system: all that follows, where nothing is said")
     without: some_of(ADDITIONS) = flag(
-        (), "additions of this project, by name, or all; in place of what the recipe leaves out")
+        (), "additions to leave out, by name, or all, not the recipe's; their flags still count")
     tasks: FAMILIES = flag(("mlp",), "families, joined by commas, or all")
     num_tasks: SOME = flag(0, "tasks of each, against tuned Adam (0: ever new)")
     few: number(float, 0, 1) = flag(0.0, "share of tasks with few examples to learn from")

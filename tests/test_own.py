@@ -179,7 +179,7 @@ def test_any_columns_of_a_table_may_be_the_targets_and_an_index_is_ignored(tmp_p
 
 @pytest.mark.parametrize("shape, net, dtype, targets", [
     ((28, 28), "mlp", np.uint8, np.uint8), ((13, 22, 3), "conv", np.uint8, np.int64),
-    ((5,), "mlp", np.float32, np.float32)])
+    ((13, 22), "conv", np.float64, np.int64), ((5,), "mlp", np.float32, np.float32)])
 def test_adam_learns_your_own_data(shape, net, dtype, targets):
     arrays = my_data(shape, 60, dtype, targets)
     if len(shape) == 3:  # as Keras has cifar10
