@@ -1,5 +1,12 @@
-"""Strict mode: no silent broadcasting between ranks, and no random key used twice."""
+"""Strict mode: no silent broadcasting between ranks, and no random key used twice. And two processes
+share the files, since a test keeps little more than one core busy."""
+import itertools
+import json
 import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 # Compiling is most of the time, here and in the processes that tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
@@ -25,5 +32,70 @@ def no_key_used_twice(request):
 
 
 def pytest_configure(config):
+    if FOLDER in os.environ:
+        config.pluginmanager.register(Told(config))
     config.addinivalue_line("filterwarnings", "error::DeprecationWarning")
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:matplotlib.*")  # its own
+
+
+# ---------------------------------------------------------------- two processes
+
+FOLDER = "TESTS_FOLDER"  # where each says which files it has taken, and the second what came of them
+
+
+def pytest_runtestloop(session):
+    """This process and a second one take files, long ones first, until none is left; what became of
+    the second's tests is reported here as if they had run here."""
+    config, option = session.config, session.config.option
+    files = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
+    files.sort(key=lambda items: -items[0].path.stat().st_size)
+    if FOLDER in os.environ:
+        take(session, files, Path(os.environ[FOLDER]))
+        return True
+    if len(files) == 1 or option.collectonly or option.usepdb or session.testsfailed:
+        return None  # pytest's own loop
+    with tempfile.TemporaryDirectory() as folder:
+        reports = Path(folder) / "reports"
+        reports.touch()
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+        second = subprocess.Popen(
+            command + [*map(str, config.invocation_params.args)], cwd=config.invocation_params.dir,
+            env=os.environ | {FOLDER: folder}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            take(session, files, Path(folder))
+            said, _ = second.communicate()
+        finally:
+            second.kill()
+        if second.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            raise RuntimeError(f"The second process ended early:\n{said.decode()}")
+        for line in reports.read_text().splitlines():
+            report = config.hook.pytest_report_from_serializable(
+                config=config, data=json.loads(line))
+            config.hook.pytest_runtest_logreport(report=report)
+    return True
+
+
+def take(session, files, folder):
+    """Runs the files that the other process hasn't taken."""
+    for items in files:
+        try:
+            (folder / items[0].path.name).touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        for item, following in zip(items, [*items[1:], None]):
+            session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.shouldfail:
+                raise session.Failed(session.shouldfail)
+            if session.shouldstop:
+                raise session.Interrupted(session.shouldstop)
+
+
+class Told:
+    """A plugin that keeps the reports of the second process for the first."""
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        with open(Path(os.environ[FOLDER]) / "reports", "a") as file:
+            print(json.dumps(data), file=file)
