@@ -73,8 +73,9 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         xi = jnp.zeros((num_pairs, size if history else 1), jnp.float32)
         zeros = jnp.zeros(size, jnp.float32)
         variances = (zeros, zeros, jnp.int32(0)) if weight == "running" else ()
-        phases = horizon // truncation * np.arange(num_pairs) // num_pairs  # can't overflow
-        return Particles(state, xi, jnp.int32(horizon + truncation * phases), variances)
+        unit = truncation if horizon % truncation == 0 else 1  # of starts: none is cut short
+        phases = horizon // unit * np.arange(num_pairs) // num_pairs  # can't overflow
+        return Particles(state, xi, jnp.int32(horizon + unit * phases), variances)
 
     def estimate(theta, particles, key, lengths=None):
         theta, unravel = flat(theta)
@@ -92,8 +93,11 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         L, rp, state, counts = machine.over_devices(pair, num_pairs)(theta, rows)
         dL = (L[:, 0] - L[:, -1])[:, None]  # [N, 1]
         es, past = (dL * noise / (2 * sigma ** 2 or 1) for noise in (eps, xi))
+        known = rp
+        if weight in MERGING:  # a dropped rp is no certain zero: ES takes its place
+            rp = jnp.where(counts["dropped"][:, None] > 0, es, rp)
         w, variances, metrics = weights(weight, rp, es, variances, floor)
-        past -= jnp.sum(eps * w * rp, 1, keepdims=True) * xi / (sigma ** 2 or 1)
+        past -= jnp.sum(eps * w * known, 1, keepdims=True) * xi / (sigma ** 2 or 1)
         gradient = jnp.mean(w * rp + (1 - w) * es + past, 0)
         metrics |= {"loss": jnp.mean(L)} | tree.map(jnp.sum, counts)
         if history:

@@ -82,7 +82,8 @@ def by_hand(name, sigma, perturbations, K, cap, clip, lengths=None):
     """The formula in plain numpy, with the perturbations [N, 3] of each estimate -> for each its
     gradient, its metrics, and the number of clipped gradients."""
     theta, N = np.float64(flat(THETA)), len(perturbations[0])
-    t = T + K * (np.arange(N) * (T // K) // N)  # staggered over an episode
+    unit = 1 if T % K else K
+    t = T + unit * (np.arange(N) * (T // unit) // N)  # staggered over an episode
     signs = [1, -1] if sigma else [0]
     states, xi, average = np.zeros((N, len(signs), 2)), np.zeros((N, 3)), None
     for i, noise in enumerate(perturbations):
@@ -219,6 +220,17 @@ def test_a_poisoned_trajectory_is_counted_and_heals_when_it_starts_over(name, si
         assert metrics["dropped"] == ill * (name not in ("es", "pes"))
         if ill or name != "combined":  # its variances remember
             assert (flat(found) == flat(wanted)).all() == (not ill)
+
+
+@pytest.mark.parametrize("name", ["merged", "combined"])
+def test_where_all_of_backprop_is_dropped_es_takes_its_place(name):
+    def step(theta, state, key):
+        return state, theta["x"] ** 2 + jnp.sqrt(0 * theta["x"])  # no derivative is finite
+
+    problem, theta = InnerProblem(lambda theta, key: 0.0, step), {"x": jnp.float32(2)}
+    found, wanted = (draws(make(x, problem, 8, T), theta, 5) for x in (name, "es"))
+    np.testing.assert_allclose(found[0]["x"], wanted[0]["x"], rtol=1e-5)
+    assert (found[1]["dropped"] == 8).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
