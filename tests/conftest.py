@@ -1,5 +1,5 @@
-"""Strict mode: no silent broadcasting between ranks, and no random key used twice. And two processes
-share the files, since a test keeps little more than one core busy."""
+"""Strict mode: no silent broadcasting between ranks, and no random key used twice. And two
+processes share the files, since a test keeps little more than one core busy."""
 import itertools
 import json
 import os
@@ -40,7 +40,7 @@ def pytest_configure(config):
 
 # ---------------------------------------------------------------- two processes
 
-FOLDER = "TESTS_FOLDER"  # where each says which files it has taken, and the second what came of them
+FOLDER = "TESTS_FOLDER"  # where each says which files it has taken, the second what came of them
 
 
 def pytest_runtestloop(session):
@@ -57,10 +57,10 @@ def pytest_runtestloop(session):
     with tempfile.TemporaryDirectory() as folder:
         reports = Path(folder) / "reports"
         reports.touch()
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
         second = subprocess.Popen(
-            command + [*map(str, config.invocation_params.args)], cwd=config.invocation_params.dir,
-            env=os.environ | {FOLDER: folder}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            [sys.executable, "-m", "pytest", *map(str, config.invocation_params.args)],
+            cwd=config.invocation_params.dir, env=os.environ | {FOLDER: folder},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:
             take(session, files, Path(folder))
             said, _ = second.communicate()

@@ -20,7 +20,6 @@ OPTIMIZERS = {name: x.optimizer(x.init(jax.random.key(0))) for name, x in LEARNE
     "nadamw": model.nadamw(0.01, weight_decay=0.1, warmup=2, horizon=9)}
 SHAPES = {"again": (3, 4), "b": (4,), "empty": (2, 0), "scalar": (), "w": (3, 4)}
 MIXED = dict(zip(SHAPES, ("bfloat16", "float16", "float32", "bfloat16", "float16")))
-NAN = np.float32(np.nan)
 each = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
@@ -61,8 +60,8 @@ def train_all(names, params, states, grads):
     return {name: train(OPTIMIZERS[name], params[name], states[name], grads) for name in names}
 
 
-def kinds(x):
-    return tree.map(lambda x: (x.shape, x.dtype), x)
+def kinds(x, axis=0):
+    return tree.map(lambda x: (x.shape[axis:], x.dtype, x.weak_type), x)
 
 
 PLAIN = {}  # what float32 gives
@@ -78,11 +77,11 @@ def test_all_types_in_jit_with_donation_scan_vmap_and_accumulation(names, kind):
         for name in names:
             step = jax.vmap(OPTIMIZERS[name].update, (0, None, None))
             many = jax.eval_shape(step, grads, states[name], params)
-            assert tree.map(lambda x: (x.shape[1:], x.dtype), many) == before[name]
+            assert kinds(many, 1) == before[name]  # nor is the next step compiled anew
         after = train_all(names, own, states, grads)
         assert kinds(after) == before
         for name in names:
-            OPTIMIZERS[name].init(params)  # nothing of its own was given away
+            OPTIMIZERS[name].init(params)  # neither these nor theta were given away with a state
     for name in names:
         plain = PLAIN.setdefault(name, {k: np.float64(x) for k, x in after[name][0].items()})
         for k, x in after[name][0].items():
@@ -90,16 +89,6 @@ def test_all_types_in_jit_with_donation_scan_vmap_and_accumulation(names, kind):
             rounding = 12 * float(jnp.finfo(x.dtype).eps) * np.max(np.abs(begin), initial=1) + 1e-5
             np.testing.assert_allclose(np.float64(x), plain[k], rtol=0, atol=rounding)
             assert name == "component_lstm" or not x.size or np.abs(plain[k] - begin).max() > 1e-3
-
-
-@each
-def test_no_two_arrays_of_a_state_are_one_and_none_is_thetas(name):
-    params = {"a": jnp.zeros(3), "b": jnp.zeros(3), "c": jnp.zeros(3)}
-    arrays = tree.leaves((params, OPTIMIZERS[name].init(params)))
-    if name in LEARNED:
-        arrays += tree.leaves(LEARNED[name].init(jax.random.key(0)))
-    places = [x.unsafe_buffer_pointer() for x in arrays]
-    assert len(set(places)) == len(places)
 
 
 Pair = collections.namedtuple("Pair", "a b")
@@ -151,35 +140,20 @@ def test_how_losses_may_be_told():
     assert np.isnan(echo.update(params, (), params)[0]["v"])
 
 
-def path(*losses):
-    """Of the hierarchical optimizer, told both losses: its last update and state."""
-    optimizer, params = OPTIMIZERS["hierarchical"], {"w": ONES}
-
-    def step(state, row):
-        updates, state = optimizer.update(params, state, params, loss=row[0], valid_loss=row[1])
-        return state, updates
-
-    state, updates = jax.lax.scan(step, optimizer.init(params), losses)
-    return updates["w"], state
-
-
-def test_a_validation_loss_that_is_handed_on_counts_once():
-    falling = np.float32([3, 2, 1, 1.5])
-    once, again = (np.full((4, 10), x, np.float32) for x in (NAN, 0))
-    once[:, 0], again[:] = falling, falling[:, None]
-    steps = np.float32(np.linspace(3, 1, 40))
-    (a, _), (b, _) = (path(steps, x.ravel()) for x in (once, again))
-    np.testing.assert_array_equal(a, b)
-
-
 def test_one_loss_of_1e20_is_forgotten():
-    rng, wild = np.random.default_rng(0), np.zeros(600, np.float32)
-    losses = np.float32(1 + 0.1 * rng.standard_normal(600))
-    wild[[40, 41]] = 1e20, 3e38
-    (calm, state), (found, after) = (path(x, x) for x in (losses, losses + wild))
-    np.testing.assert_allclose(after[0].train[:2], state[0].train[:2], rtol=0.05)
+    optimizer, params = OPTIMIZERS["hierarchical"], {"w": ONES}
+    losses = np.float32([1 + 0.1 * np.random.default_rng(0).standard_normal(600)] * 2)
+    losses[0, [40, 41]] = 1e20, 3e38
+
+    def step(state, loss):
+        updates, state = optimizer.update(params, state, params, loss=loss, valid_loss=loss)
+        return state, updates["w"]
+
+    path = jax.vmap(lambda row: jax.lax.scan(step, optimizer.init(params), row))
+    (inner, record), found = path(losses)
+    np.testing.assert_allclose(*inner.train[:, :2], rtol=0.05)
     assert np.isfinite(found).all()
-    np.testing.assert_allclose(after[1].noise, state[1].noise, rtol=0.05)
+    np.testing.assert_allclose(*record.noise, rtol=0.05)
 
 
 @pytest.mark.parametrize("horizon", [0, -5, np.nan, np.inf, 400.0, "400", True, 2 ** 31])

@@ -5,11 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 import estimators
 import machine
 import meta_train
 from estimators import InnerProblem
+from experiments import descend
 
 # A linear state, s <- A s + B theta from theta[:2], and the loss |s|^2 / 2 + C s.
 # Noise on theta leaves the gradient of the mean loss as it is, so one closed form serves all
@@ -24,8 +26,7 @@ EVERY = ("truncated_backprop", 0.0), *((name, SIGMA) for name in NAMES)
 LIMITS = dict(cap=4.7, clip=3.5)
 
 
-def flat(theta):
-    return jnp.concatenate([theta["a"], theta["b"][None]])
+flat = lambda theta: ravel_pytree(theta)[0]
 
 
 def reset(theta, key):
@@ -144,20 +145,11 @@ def test_every_estimate_is_the_formula(name, sigma, K, lengths):
     assert any(clipped and (theirs["capped"] or not sigma) for _, theirs, clipped in wanted)
 
 
-def draws(estimator, theta, count):
-    """Successive gradients and metrics at a fixed theta, each a stack of `count`."""
-    def body(particles, key):
-        gradient, particles, metrics = estimator.estimate(theta, particles, key)
-        return particles, (gradient, metrics)
-
-    start, keys = estimator.init(theta, KEY(0)), jax.random.split(KEY(1), count)
-    return jax.device_get(jax.jit(lambda start: jax.lax.scan(body, start, keys)[1])(start))
-
-
 def test_with_history_it_is_the_gradient_of_the_episode_and_without_that_of_truncations():
     errors = {}
     for name, K, wanted in (("pes", 1, T), ("combined", 1, T), ("es", 4, 4)):
-        gradients, _ = draws(make(name, num_pairs=16, truncation=K, cap=1e6), THETA, 51 * 5 * T)
+        estimator = make(name, num_pairs=16, truncation=K, cap=1e6)
+        _, gradients, _ = descend(estimator, 51 * 5 * T, THETA, KEY(1))
         found = np.concatenate([gradients["a"], gradients["b"][:, None]], 1)[5 * T:]
         blocks = found.reshape(-1, 5 * T, 3).mean(1)  # successive ones share trajectories
         errors[name] = blocks.std(0, ddof=1) / np.sqrt(len(blocks))
@@ -200,7 +192,7 @@ def test_both_signs_share_everything_random():
 
     problem = InnerProblem(lambda theta, key: jax.random.uniform(key), step)
     estimator = make("combined", problem, truncation=4, cap=1e6)
-    gradients, metrics = draws(estimator, {"x": jnp.zeros(3)}, 3)
+    _, gradients, metrics = descend(estimator, 3, {"x": jnp.zeros(3)}, KEY(1))
     assert (gradients["x"] == 0).all() and len(set(metrics["loss"].tolist())) == 3
 
 
@@ -228,9 +220,10 @@ def test_where_all_of_backprop_is_dropped_es_takes_its_place(name):
         return state, theta["x"] ** 2 + jnp.sqrt(0 * theta["x"])  # no derivative is finite
 
     problem, theta = InnerProblem(lambda theta, key: 0.0, step), {"x": jnp.float32(2)}
-    found, wanted = (draws(make(x, problem, 8, T), theta, 5) for x in (name, "es"))
-    np.testing.assert_allclose(found[0]["x"], wanted[0]["x"], rtol=1e-5)
-    assert (found[1]["dropped"] == 8).all()
+    (_, found, metrics), (_, wanted, _) = (
+        descend(make(x, problem, 8, T), 5, theta, KEY(0)) for x in (name, "es"))
+    np.testing.assert_allclose(found["x"], wanted["x"], rtol=1e-5)
+    assert (metrics["dropped"] == 8).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -274,19 +267,6 @@ def test_a_finite_adjoint_is_the_identity_and_drops_what_is_not_finite_at_any_or
     np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(jax.grad(f)(x, scale)))(x), [6, 0, 0])
 
 
-def test_a_bounded_adjoint_keeps_a_chaotic_unroll_from_drowning_the_gradient():
-    """The logistic map doubles small differences at each of 80 steps; theta's own gradient is 1."""
-    def step(theta, x, key):
-        x = meta_train.bounded_adjoint(x, 1e-2)
-        x = (3.99 + 1e-6 * theta["x"]) * x * (1 - x)
-        return x, theta["x"] + 1e-3 * x
-
-    problem = InnerProblem(lambda *_: jnp.float32(0.3), step)
-    estimator = make("truncated_backprop", problem, 1, 80, 80, sigma=0.0)
-    gradients, _ = draws(estimator, {"x": jnp.float32(0)}, 1)
-    np.testing.assert_allclose(gradients["x"], 1, atol=0.01)
-
-
 def quartic(horizon):
     """P1's landscape: (w - 4)(w - 3) w^2 after T steps from w = -1.2, as a function of momentum."""
     def loss(w):
@@ -308,7 +288,7 @@ def test_where_its_variance_hides_the_merge_fails_and_a_long_memory_mends_it(
     """On P1's quartic, against a NumPy reimplementation and quadrature (the true gradients are
     63.9 and 71.4): over 100 steps backprop mostly sees flat ground."""
     estimator = make(name, quartic(horizon), 128, horizon, horizon, 0.01, cap=1e9)
-    found = draws(estimator, {"x": jnp.float32(0.93)}, 250)[0]["x"][50:]
+    found = descend(estimator, 250, {"x": jnp.float32(0.93)}, KEY(1))[1]["x"][50:]
     error = np.std(found) / np.sqrt(len(found))
     np.testing.assert_allclose(np.mean(found), mean, atol=4 * error)
     assert error < 2.5

@@ -15,8 +15,7 @@ import evaluate
 import machine
 import model
 import own
-import tasks
-from test_meta_train import rates, refused
+from test_meta_train import refused, theta  # noqa: F401
 
 
 def my_data(shape=(28, 28), n=60, dtype=np.uint8, targets=np.int64, classes=3):
@@ -295,16 +294,7 @@ UNUSABLE = [
     ("a,b\n" + "1,2\n5%,3\n" * 10, "a holds text (5%)"), ("a\n1\n", "none beside it")]
 
 
-@pytest.fixture
-def theta(tmp_path, monkeypatch):
-    """A theta.npz that compiles in no time, in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine, "CACHE", tmp_path)
-    monkeypatch.setitem(model.LEARNED, "per_parameter_mlp", rates)
-    model.save("theta.npz", "per_parameter_mlp", rates().init(random.key(0)))
-
-
-def test_unusable_data_end_in_one_sentence(theta, tmp_path, monkeypatch, capsys):
+def test_unusable_data_end_in_one_sentence(theta, tmp_path, monkeypatch, capsys):  # noqa: F811
     for change, words in UNUSABLE:
         if isinstance(change, str):
             (tmp_path / "my.csv").write_text(change, "latin-1")
@@ -324,7 +314,7 @@ def test_unusable_data_end_in_one_sentence(theta, tmp_path, monkeypatch, capsys)
 
 
 def test_the_command_says_what_it_understood_its_progress_and_first_the_scores(
-        theta, tmp_path, monkeypatch, capsys):
+        theta, tmp_path, monkeypatch, capsys):  # noqa: F811
     def lost(*_):
         raise ValueError("no such kind of picture")
     baseline = lambda rate, horizon: model.sgd(rate), np.float32([0.01, 1])

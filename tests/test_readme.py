@@ -10,7 +10,6 @@ from jax import random
 import evaluate
 import meta_train
 import model
-import tasks
 from test_meta_train import ROOT
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
