@@ -71,9 +71,9 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         like = jax.eval_shape(problem.reset, theta, key)  # no values: the first truncation resets
         state = tree.map(lambda x: jnp.zeros((num_pairs, len(signs), *x.shape), x.dtype), like)
         xi = jnp.zeros((num_pairs, size if history else 1), jnp.float32)
-        zeros = jnp.zeros(size, jnp.float32)
-        variances = (zeros, zeros, jnp.int32(0)) if weight == "running" else ()
-        unit = truncation if horizon % truncation == 0 else 1  # of starts: none is cut short
+        none = *jnp.zeros((2, size), jnp.float32), jnp.int32(0)
+        variances = none if weight == "running" else ()
+        unit = 1 if horizon % truncation else truncation  # else none is cut short
         phases = horizon // unit * np.arange(num_pairs) // num_pairs  # can't overflow
         return Particles(state, xi, jnp.int32(horizon + unit * phases), variances)
 
@@ -93,11 +93,8 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         L, rp, state, counts = machine.over_devices(pair, num_pairs)(theta, rows)
         dL = (L[:, 0] - L[:, -1])[:, None]  # [N, 1]
         es, past = (dL * noise / (2 * sigma ** 2 or 1) for noise in (eps, xi))
-        known = rp
-        if weight in MERGING:  # a dropped rp is no certain zero: ES takes its place
-            rp = jnp.where(counts["dropped"][:, None] > 0, es, rp)
-        w, variances, metrics = weights(weight, rp, es, variances, floor)
-        past -= jnp.sum(eps * w * known, 1, keepdims=True) * xi / (sigma ** 2 or 1)
+        w, variances, metrics = weights(weight, rp, es, counts["dropped"], variances, floor)
+        past -= jnp.sum(eps * w * rp, 1, keepdims=True) * xi / (sigma ** 2 or 1)
         gradient = jnp.mean(w * rp + (1 - w) * es + past, 0)
         metrics |= {"loss": jnp.mean(L)} | tree.map(jnp.sum, counts)
         if history:
@@ -157,16 +154,18 @@ def run_pair(unroll, unravel, signs, differentiate, clip, theta, row):
     return losses, rp, states, {"capped": capped, "dropped": dropped}
 
 
-def weights(weight, rp, es, variances, floor):
-    """-> (w [1, P] or [1, 1], running variances, metrics), of both terms, [N, P] each.
+def weights(weight, rp, es, dropped, variances, floor):
+    """-> (w [N, P] or [1, 1], running variances, metrics), of both terms, [N, P] each.
 
     w = v_es / (v_es + v_rp), of variances over the pairs: of this very sample, as in P1, biased
     where a sample doesn't show the variance; or running ones of earlier samples, independent of
-    what they weigh. Where backprop is kept from a meta-parameter, nothing is left of ES either.
+    what they weigh. Where backprop is kept from a meta-parameter, nothing is left of ES either. A
+    pair whose rp was dropped [N] has w = 0.
     """
     if weight not in MERGING:
         return jnp.full((1, 1), weight), variances, {}
-    new = jnp.var(rp, 0, ddof=1), jnp.var(es, 0, ddof=1)
+    there = jnp.logical_not(dropped)[:, None]
+    new = jnp.var(jnp.where(there, rp, es), 0, ddof=1), jnp.var(es, 0, ddof=1)
     v_rp, v_es = new if weight == "sample" else variances[:2]
     w = (v_es + floor) / (v_es + v_rp + 2 * floor)
     if weight == "running":
@@ -175,15 +174,17 @@ def weights(weight, rp, es, variances, floor):
         forget = jnp.where(count > 0, FORGET, 0.0)
         average = (forget * old + (1 - forget) * x for old, x in zip(variances, new))
         variances = *average, count + 1
-    spread = {"variance_rp": jnp.sum(new[0]), "variance_es": jnp.sum(new[1])}
-    return w[None], variances, {"weight": jnp.mean(w)} | spread
+    return jnp.where(there, w[None], 0), variances, {
+        "weight": jnp.mean(w),
+        "variance_rp": jnp.sum(new[0]),
+        "variance_es": jnp.sum(new[1])}
 
 
 def make_unroll(problem, truncation, cap):
     """unroll(theta, state, ends, taken, key) -> (mean loss of so many steps, or, if that is None,
     of K, state, number of capped losses).
 
-    It starts over if the episode `ends`. A capped loss carries no gradient (P1 section 4). Going
+    It starts over if the episode `ends`. A capped loss carries no gradient (P1's code). Going
     backward, each step is computed again from its state; random bits are kept.
     """
     def unroll(theta, state, ends, taken, key):

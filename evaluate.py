@@ -52,16 +52,12 @@ def nadamw(setting, horizon):
                         warmup=warmup * horizon, horizon=horizon)
 
 
-def adam_cosine(rate, horizon):
-    return model.nadamw(rate, nesterov=False, horizon=horizon)
-
-
 BASELINES = {  # name: (optimizer(setting, horizon), settings)
     "SGD": (lambda rate, horizon: model.sgd(30 * rate), RATES),
     "momentum": (lambda rate, horizon: model.momentum(3 * rate), RATES),
     "RMSProp": (lambda rate, horizon: model.rmsprop(rate), RATES),
     "Adam": (lambda rate, horizon: model.adam(rate), RATES),
-    "Adam + cosine": (adam_cosine, RATES),
+    "Adam + cosine": (lambda rate, horizon: model.adam(rate, horizon=horizon), RATES),
     "Muon + cosine": (lambda rate, horizon: model.muon(rate, 0.8, horizon), RATES),
 }
 LISTS = {  # not in every comparison: settings are no learning rates, and it takes long
@@ -125,20 +121,22 @@ def kept_runs(family, make_optimizer, settings, keys, horizon):
 
 
 def compared(family, learned, theta, num_tasks, horizon, seed=0, baselines=BASELINES):
-    """All on the same tasks -> {name: its `runs`}; "learned", the last, has one setting."""
+    """All on the same tasks -> {name: curves}, {name: what is measured}, as of `runs`; "learned",
+    the last, has one setting."""
     keys, found = random.split(random.key(seed), num_tasks), {}
     for name, (make, settings) in baselines.items():
         make = functools.partial(make, horizon=horizon)
         found[name] = kept_runs(family, make, settings, keys, horizon)
         print(f"{time.strftime('%X')} {family.name}: trained with {name}", flush=True)
     one = tree.map(lambda x: x[None], theta)
-    mine = runs(family, learned.optimizer, one, keys, horizon, family.shared())
-    return found | {"learned": tree.map(np.asarray, mine)}
+    found["learned"] = runs(family, learned.optimizer, one, keys, horizon, family.shared())
+    return [{name: np.asarray(run[kind]) for name, run in found.items()}
+            for kind in ("curves", "measured")]
 
 
 def compare(*how, **more):
     """-> {name: [tasks, settings, points, 2]} of `compared`."""
-    return {name: run["curves"] for name, run in compared(*how, **more).items()}
+    return compared(*how, **more)[0]
 
 
 # ---------------------------------------------------------------- what they amount to
@@ -249,7 +247,7 @@ def scores(family, mine, measured):
     """{name: [starts, settings, S]} -> {name: {score: (mean, lowest, highest) over the starts}}, on
     your own data, at the setting with the lowest mean test loss."""
     task = family.sample(random.key(0))
-    silent = tree.map(jnp.zeros_like, jax.eval_shape(family.init, task, random.key(0)))
+    silent = tree.map(jnp.zeros_like, family.init(task, random.key(0)))
     constant = jax.jit(family.measure)(task, silent | {"out/b": jnp.float32(mine.constant)})
     table = {}
     for name, x in {"best constant": constant[None, None], **measured}.items():
@@ -313,12 +311,12 @@ def print_summary(name, result):
 
 # ---------------------------------------------------------------- pictures
 
-def picture(path, rows, looks):
+def picture(path, rows, looks, own={}):
     """The only plotter of the program: rows (panel, line, x, y) as a picture in the file `path`.
 
     A line goes through the medians of the rows that share an x, their range is shaded; where x is a
-    word, a marker takes the line's place. looks: what axis.set is told of all panels and, under a
-    panel's name, of that one instead. ValueError for a kind of file that matplotlib can't write.
+    word, a marker takes the line's place. looks: what axis.set is told of all panels; own: of the
+    panel of that name instead. ValueError for a kind of file that matplotlib can't write.
     """
     panels = {}
     for panel, line, x, y in rows:
@@ -330,7 +328,6 @@ def picture(path, rows, looks):
     figure = Figure((4.5 * columns, 3.6 * down), layout="constrained")
     colors = {"learned": "C3"}
     unused = itertools.cycle("C0 C1 C2 C4 C5 C6 C7 C8 C9 k".split())
-    shared = {name: look for name, look in looks.items() if name not in panels}
     for i, panel in enumerate(panels):
         axis = figure.add_subplot(down, columns, 1 + i)
         for line, points in panels[panel].items():
@@ -343,7 +340,7 @@ def picture(path, rows, looks):
             span(xs, low, high, color=color, alpha=0.3)
             width = 2.5 if line == "learned" else 1.2
             axis.plot(xs, middle, mark, color=color, lw=width, label=line)
-        axis.set(**{"title": panel} | shared | looks.get(panel, {}))
+        axis.set(**{"title": panel} | looks | own.get(panel, {}))
         axis.legend(fontsize="small", framealpha=0.4)
     with machine.whole(path) as partial:
         figure.savefig(partial, format=Path(path).suffix[1:] or "png")
@@ -362,7 +359,7 @@ def compare_picture(path, curves):
         rows += [("all tasks", line, x, y) for x, y in zip(shares, ratios)]
     looks = dict(xlabel="step", ylabel="test loss")
     compared = dict(xlabel="share of tasks", ylabel="log2(learned / tuned Adam)", ylim=(-1, 1))
-    picture(path, rows, looks | {"all tasks": compared})
+    picture(path, rows, looks, {"all tasks": compared})
 
 
 # ---------------------------------------------------------------- the command line
@@ -376,6 +373,9 @@ def number(kind, low, high=np.inf):
         raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
     parse.__name__ = kind.__name__  # argparse names it where that says no
     return parse
+
+
+SEED = number(int, 1 - 2 ** 31, 2 ** 31 - 1)
 
 
 def command_line():
@@ -393,8 +393,7 @@ def command_line():
         help="how many (default: 128; 8 starts on your data)")
     add("--horizon", type=number(int, EVERY, 10 ** 7), default=model.HORIZON,
         help=f"inner steps, a multiple of {EVERY} (default: {model.HORIZON})")
-    add("--seed", type=number(int, 1 - 2 ** 31, 2 ** 31 - 1), default=0,
-        help="of the tasks, initialisations and batches")
+    add("--seed", type=SEED, default=0, help="of the tasks, initialisations and batches")
     add("--json", help="also write the table to this file")
     add("--picture",
         help="where to draw (default: comparison-<family or data>.png beside theta)")
@@ -427,11 +426,8 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     print(f"{o.theta}: {model.about(o.theta)}")
-    count, every = o.tasks or count, BASELINES | LISTS
-    found = compared(family, learned, theta, count, o.horizon, o.seed, every)
-    curves, measured = (
-        {optimizer: run[kind] for optimizer, run in found.items()}
-        for kind in ("curves", "measured"))
+    curves, measured = compared(
+        family, learned, theta, o.tasks or count, o.horizon, o.seed, BASELINES | LISTS)
     step = costs(family, {"Adam": model.adam(0.01), "learned": learned.optimizer(theta)})
     result = summary(curves) | {"costs": step}
     if name == "data":

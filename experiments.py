@@ -31,7 +31,6 @@ from estimators import InnerProblem
 from evaluate import EVERY, compare
 from meta_train import inner_problem
 from model import HORIZON
-from papers import LearnedOptimizer
 from settings import ADDITIONS, ESTIMATORS, Settings, whole_settings
 
 
@@ -95,10 +94,10 @@ def landscape(seed):
 
 # ---------------------------------------------------------------- where truncation leads
 
-def adams_rate(horizon):
+def adams_rate():
     """Adam on `mlp` tasks; theta is the log of its rate."""
-    learned = LearnedOptimizer(lambda key: 0.0, lambda theta: model.adam(jnp.exp(theta)))
-    settings = Settings(target="train", outer_loss="mean", horizon=horizon, adjoint=np.inf)
+    learned = model.LearnedOptimizer(lambda key: 0.0, lambda theta: model.adam(jnp.exp(theta)))
+    settings = Settings(target="train", outer_loss="mean", adjoint=np.inf)
     return inner_problem(settings, tasks.mlp(), learned)
 
 
@@ -117,7 +116,7 @@ def influence_balancing():
 def truncation_bias(seed):
     """Where an unroll of K < T steps pushes Adam's rate from about the best (P1 figure 3; over an
     episode, after a first one; three seeds), and theta in influence balancing (P3)."""
-    problem, balancing = adams_rate(HORIZON), influence_balancing()
+    problem, balancing = adams_rate(), influence_balancing()
     best = np.float32(np.log(0.025))
     for name in ESTIMATORS:
         for truncation in (5, 20, 100, HORIZON):
@@ -135,7 +134,7 @@ def truncation_bias(seed):
 # ---------------------------------------------------------------- how noisy the estimates are
 
 def unroll_variance(seed):
-    """Of one pair's estimate for P1's optimizer, untrained, against the unroll's length; at a step
+    """Of one pair's estimate for a fresh per-parameter MLP, against the unroll's length; at a step
     size that suits the tasks, and at one that is far too large (P1 figure 4)."""
     learned, key = model.per_parameter_mlp(), random.key(seed)
     for length in (1, 10, 50, 200):
@@ -153,7 +152,7 @@ def unroll_variance(seed):
                 yield "variance against unrolled steps", f"{term}, lr {rate}", length, y
 
 
-def history_variance(seed, counts=(1, 2, 4, 8, 16, 32, 64), episodes=2000):
+def history_variance(seed, counts=(1, 2, 4, 8, 16, 32, 64)):
     """Of PES over an episode of S truncations, where the t-th loss is the t-th of P = 64 entries of
     theta, over sqrt(S); in closed form the sum over t of (t P + 1) / S (P3)."""
     for s in counts:
@@ -161,8 +160,8 @@ def history_variance(seed, counts=(1, 2, 4, 8, 16, 32, 64), episodes=2000):
             lambda theta, key: jnp.int32(0),
             lambda theta, t, key: (t + 1, theta[t] / s ** 0.5))
         estimator = make("pes", problem, 1, s, 1)
-        found = descend(estimator, s * (1 + episodes), jnp.zeros(64), random.key(seed))[1]
-        episode = found[s:].reshape(episodes, s, 64).sum(1)
+        found = descend(estimator, s * 2001, jnp.zeros(64), random.key(seed))[1]
+        episode = found[s:].reshape(2000, s, 64).sum(1)
         yield "variance of PES against truncations", "measured", s, episode.var(0, ddof=1).sum()
         yield "variance of PES against truncations", "closed form", s, 32 * (s + 1) + 1
 
@@ -179,15 +178,15 @@ def linear_quadratic():
     return InnerProblem(lambda theta, key: theta[:2], step)
 
 
-def crossover(seed, count=2000, truncations=(1, 2, 4, 8)):
+def crossover(seed):
     """Truncated backprop errs by its bias alone; where does the noise of others outweigh that?"""
     problem, theta, key = linear_quadratic(), jnp.array([0.4, -0.7, 0.5]), random.key(seed)
     truth = descend(make("truncated_backprop", problem, 16, 16, 16), 1, theta, key)[1]
     for name in ("truncated_backprop", "pes", "combined"):
         for n in (4, 64):
-            for truncation in truncations:
+            for truncation in (1, 2, 4, 8):
                 estimator = make(name, problem, truncation, 16, n)
-                errors = (descend(estimator, 1 + count, theta, key)[1][201:] - truth) ** 2
+                errors = (descend(estimator, 2001, theta, key)[1][201:] - truth) ** 2
                 yield "squared error", f"{name}, N = {n}", truncation, errors.sum(1).mean()
 
 
@@ -236,19 +235,22 @@ def progress(seed, runs, clock, looks, cases, **common):
 ADAM = {"Adam": evaluate.BASELINES["Adam"]}
 
 
+def against_adam(value, *how):
+    """The value of test losses over tuned Adam's, at most ten times that (geometric mean over
+    tasks), and the share of tasks where it is lower."""
+    adam, mine = (evaluate.best(c[..., 1], value) for c in compare(*how, ADAM).values())
+    return np.exp(np.log(np.minimum(mine / adam, 10)).mean()), (mine < adam).mean()
+
+
 def ratios(count, seed, runs, clock, *how, **common):
-    """Rows of `progress`: the outer loss; and on `count` held-out tasks the mean test loss over
-    tuned Adam's, at most ten times that (geometric mean), and the share where it is lower."""
+    """Rows of `progress`: the outer loss; and `against_adam` on `count` held-out tasks."""
     for line, x, settings, run in progress(seed, runs, clock, *how, **common):
-        theta = meta_train.fitted(settings, run.average)
-        curves = compare(
-            tasks.mlp("held_out"), meta_train.make_learned(settings), theta, count,
-            settings.horizon, seed, ADAM)
-        adam, mine = (evaluate.best(c[..., 1], evaluate.mean_loss) for c in curves.values())
-        y = np.exp(np.log(np.minimum(mine / adam, 10)).mean())
+        y, share = against_adam(
+            evaluate.mean_loss, tasks.mlp("held_out"), meta_train.make_learned(settings),
+            meta_train.fitted(settings, run.average), count, settings.horizon, seed)
         yield f"outer loss against {clock}", line, x, run.smoothed["mlp"]
         yield f"mean test loss / tuned Adam's against {clock}", line, x, y
-        yield f"share of tasks where it is lower against {clock}", line, x, (mine < adam).mean()
+        yield f"share of tasks where it is lower against {clock}", line, x, share
 
 
 def race(seed):
@@ -270,9 +272,8 @@ def ablation(seed):
         theta = meta_train.fitted(settings, run.average)
         for panel, (family, horizon, count) in looks.items():
             learned = meta_train.make_learned(replace(settings, horizon=horizon))
-            ends = compare(family, learned, theta, count, horizon, seed, ADAM).values()
-            adam, mine = (evaluate.best(c[..., 1], evaluate.final_loss) for c in ends)
-            y = np.exp(np.log(np.minimum(mine / adam, 10)).mean())
+            y, _ = against_adam(
+                evaluate.final_loss, family, learned, theta, count, horizon, seed)
             yield f"final test loss / tuned Adam's: {panel}", "without", name, y
 
 
@@ -317,15 +318,15 @@ def targets(seed):
             yield "test loss against training loss", names[name], train, test
 
 
-def self_training(seed, path, steps=1200):
+def self_training(seed, path):
     """It moves the theta of a new optimizer, from scratch, told of a third of the steps or of all;
     beside Adam (P2 figure 8). Hours."""
     cases = {f"learned, told of {n}": dict(outer_optimizer=path, outer_steps=n)
-             for n in (steps // 3, steps)}
+             for n in (400, 1200)}
     for rate in (1e-3, 3e-3, 1e-2, 3e-2):
         cases[f"Adam {rate}"] = dict(learning_rate=rate)
     for name, x, _, run in progress(
-            seed, 3, "steps", range(40, steps + 1, 40), cases, optimizer="per_parameter_mlp",
+            seed, 3, "steps", range(40, 1201, 40), cases, optimizer="per_parameter_mlp",
             horizon=100, truncation=100, decay_steps=1e12):
         yield "outer loss of a new optimizer, moved by", name, x, run.smoothed["mlp"]
 
@@ -367,8 +368,7 @@ def adaptation(seed, path):
                            ("images", 50, 100, 200, 500, 1000)):
         for x in values:
             family = letters(seed, **{panel: x})
-            pair = model.load(path, HORIZON)
-            curves = compare(family, *pair, 4, HORIZON, seed, ADAM)
+            curves = compare(family, *model.load(path, HORIZON), 4, HORIZON, seed, ADAM)
             ends = {name: c[:, :, -1, 1].T for name, c in curves.items()}  # [settings, starts]
             yield panel, "learned", x, ends["learned"][0]
             for rate, end in zip(evaluate.RATES, ends["Adam"]):
@@ -432,9 +432,9 @@ STUDIES = (landscape, truncation_bias, variance, cost, race, ablation, architect
            targets)
 BEHAVIOURS = (generalisation, regularisation, adaptation, validation_feature, wall_clock,
               self_training, own_data)
-LOOKS = dict.fromkeys((variance, targets), dict(xscale="log", yscale="log"))
-LOOKS[adaptation] = dict(xscale="log", yscale="log", ylim=(0.5, 10))
-LOOKS |= dict.fromkeys((generalisation, own_data), dict(yscale="log"))
+LOG, BOTH = dict(yscale="log"), dict(xscale="log", yscale="log")
+LOOKS = {variance: BOTH, targets: BOTH, adaptation: BOTH | {"ylim": (0.5, 10)},
+         generalisation: LOG, own_data: LOG}
 EXPERIMENTS = {f.__name__.replace("_", "-"): f for f in STUDIES + BEHAVIOURS}
 
 

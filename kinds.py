@@ -1,6 +1,6 @@
 """Kinds of task that nothing here is ever meta-trained on: `python evaluate.py --family NAME`."""
 import jax.numpy as jnp
-from jax import nn, random
+from jax import nn, random, tree
 
 import data
 import parts
@@ -67,12 +67,12 @@ def residual(channels=12, blocks=2, max_batch=32):
     return tasks.TaskFamily("residual", sample, init, batch, loss)
 
 
-def transformer(width=24, heads=2, length=16, max_batch=8):
+def transformer(width=24, length=16, max_batch=8):
     """Character-level language modelling by a block of causal attention and a feed-forward layer.
 
     Their inputs, and the last layer's, are normalised. Batch: characters [B, length + 1] int.
     """
-    text = {split: jnp.asarray(x) for split, x in data.texts("held_out").items()}
+    text = tree.map(jnp.asarray, data.texts("held_out"))
     n = len(data.SYMBOLS)
     square = width, width
     layers = {
@@ -100,7 +100,7 @@ def transformer(width=24, heads=2, length=16, max_batch=8):
         x = nn.standardize(h)
 
         def project(name):
-            return (x @ params[name]).reshape(max_batch, length, heads, -1)
+            return (x @ params[name]).reshape(max_batch, length, 2, -1)  # two heads
 
         mixed = nn.dot_product_attention(
             project("query"),

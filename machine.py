@@ -46,7 +46,7 @@ def sharding(n, alone=False):
     devices = [device for process in processes for device in process[:share]]
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=auto, devices=devices)
-    return jax.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    return jax.NamedSharding(mesh, jax.P("rows"))
 
 
 def over_rows(f, rows):
@@ -67,23 +67,23 @@ def over_devices(f, n, alone=False):
     def each(shared, rows):
         return over_rows(functools.partial(f, shared), rows)
 
-    rows, everywhere = sharding(n, alone), jax.sharding.PartitionSpec()
-    specs = dict(in_specs=(everywhere, rows.spec), out_specs=rows.spec)
-    return jax.shard_map(each, mesh=rows.mesh, check_vma=False, **specs)
+    rows, everywhere = sharding(n, alone), jax.P()
+    return jax.shard_map(
+        each, mesh=rows.mesh, in_specs=(everywhere, rows.spec), out_specs=rows.spec,
+        check_vma=False)
 
 
 # ---------------------------------------------------------------- several processes
 
 def connect(coordinator, processes, process, wait):
     """Makes this process one of several, which share the rows; a ConnectionError if it can't be."""
-    where = dict(coordinator_address=coordinator) if coordinator != "auto" else {}
     jax.config.update("jax_enable_recoverability", True)  # or JAX would abort this process, too
     never = 10 ** 5  # seconds: it is `together` that limits the waiting
-    timeouts = dict(initialization_timeout=never, heartbeat_timeout_seconds=never)
     with together(wait, "is --coordinator right, and has each been started?"):
         jax.distributed.initialize(
-            **where, num_processes=processes, process_id=process, shutdown_timeout_seconds=5,
-            **timeouts)
+            None if coordinator == "auto" else coordinator, processes, process,
+            initialization_timeout=never, heartbeat_timeout_seconds=never,
+            shutdown_timeout_seconds=5)
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")  # one of them tells what happens
 

@@ -31,7 +31,7 @@ import objective
 import tasks
 from evaluate import number
 from settings import (
-    COUNT, NATURAL, POSITIVE, Settings, arguments, make_family, make_learned, whole_settings)
+    COUNT, POSITIVE, Settings, arguments, make_family, make_learned, whole_settings)
 
 FREE = "outer_steps", "minutes", "decay_steps", "fit", "compare"  # a resumed run can have others
 PATIENCE = 100  # outer steps in a row that may come to nothing
@@ -50,7 +50,7 @@ class Run(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def bounded_adjoint(x, bound):
     """x itself; but what backprop sends back has a norm of at most `bound`, lest it grow from step
-    to step (P1 section 2.3). A finished gradient is clipped too late: what exploded drowned it."""
+    to step (P1's first pathology): in a finished gradient what exploded has drowned the rest."""
     return x
 
 
@@ -115,29 +115,29 @@ def outer_step(settings, estimator, outer, name, run, key):
     """Theta moves once, by an estimate on tasks of that family -> (Run, row of numbers)."""
     taken, key = lengths(settings, run.step, key), random.fold_in(key, run.step)
     gradient, particles, row = estimator.estimate(run.theta, run.particles[name], key, taken)
-    gradient, unravel = ravel_pytree(gradient)
-    theta, average = (ravel_pytree(x)[0] for x in (run.theta, run.average))
-    clipped, loss = jnp.clip(gradient, -0.1, 0.1), row["loss"]  # P2: else nothing is learned
-    losses = dict(loss=loss, valid_loss=loss)  # the outer problem has no other (P2 appendix F.4)
-    updates, opt_state = outer.update(clipped, run.opt_state, theta, **losses)
+    clipped = tree.map(lambda g: jnp.clip(g, -0.1, 0.1), gradient)  # P2: else nothing is learned
+    loss = row["loss"]  # the outer problem has no other (P2 appendix F.4)
+    updates, opt_state = outer.update(
+        clipped, run.opt_state, run.theta, loss=loss, valid_loss=loss)
     rate = 1 / (1 + run.step / settings.decay_steps)  # most is learned early
     if settings.outer_optimizer:
         rate = 1.0  # it slows down by itself
-    theta = theta + rate * updates
+    theta = tree.map(lambda x, change: x + rate * change, run.theta, updates)
     later = 2 / (run.step + 2)  # weights 1, 2, 3, ...: the noise of single steps averages out
     if settings.averaging == "last":
         later = 1.0
-    average = average + later * (theta - average)
+    average = tree.map(lambda x, new: x + later * (new - x), run.average, theta)
     before = run.smoothed[name]
     smoothed = jnp.where(jnp.isnan(before), loss, 0.97 * before + 0.03 * loss)
-    row = {"step": run.step + 1, "smoothed": smoothed, "gradient": jnp.linalg.norm(gradient)} | row
-    return Run(unravel(theta), unravel(average), opt_state, run.particles | {name: particles},
+    norm = jnp.linalg.norm(ravel_pytree(gradient)[0])
+    row = {"step": run.step + 1, "smoothed": smoothed, "gradient": norm} | row
+    return Run(theta, average, opt_state, run.particles | {name: particles},
                run.step + 1, run.smoothed | {name: smoothed}), row
 
 
 def lengths(settings, step, key):
     """Steps of each pair's next unroll, [N]: their mean grows with the outer step (P1's curriculum;
-    P2's two phases), each is drawn within `jitter` of it. None: all are of --truncation."""
+    P2's second phase), each is drawn within `jitter` of it. None: all are of --truncation."""
     first, last = min(settings.shortest, settings.truncation), settings.truncation
     mean = first + (last - first) * jnp.minimum(step / settings.growing, 1)
     j = settings.jitter
@@ -146,15 +146,6 @@ def lengths(settings, step, key):
     key = random.fold_in(key, step.astype(jnp.uint32) + jnp.uint32(2 ** 31))  # no step is so late
     drawn = mean * random.uniform(key, (settings.num_pairs,), minval=1 - j, maxval=1 + j)
     return jnp.maximum(jnp.round(drawn), 1).astype(int)
-
-
-def in_tensors(optimizer, unravel):
-    """The optimizer of a vector that to it is a dict of tensors."""
-    def update(grads, state, params, **losses):
-        updates, state = optimizer.update(unravel(grads), state, unravel(params), **losses)
-        return ravel_pytree(updates)[0], state
-
-    return model.Optimizer(lambda params: optimizer.init(unravel(params)), update)
 
 
 def make_outer(settings):
@@ -170,23 +161,21 @@ def make_outer(settings):
         each[name] = getattr(estimators, settings.estimator)(
             problem, num_pairs=settings.num_pairs, truncation=min(longest, settings.horizon),
             horizon=settings.horizon, sigma=settings.sigma, cap=cap, clip=settings.clip)
-    outer = model.nadamw(
-        settings.learning_rate, settings.b1, nesterov=False, warmup=settings.warmup)
+    outer = model.adam(settings.learning_rate, settings.b1, warmup=settings.warmup)
     if settings.outer_optimizer:
         mover, its_theta = model.load(settings.outer_optimizer, settings.outer_steps)
-        _, unravel = ravel_pytree(learned.init(random.key(0)))
-        outer = in_tensors(mover.optimizer(its_theta), unravel)
+        outer = mover.optimizer(its_theta)
 
     def start(key):
         theta_key, particle_key = random.split(key)
         theta = begin or learned.init(theta_key)
         particles = {name: estimator.init(theta, particle_key) for name, estimator in each.items()}
         unknown = dict.fromkeys(each, jnp.float32(jnp.nan))
-        opt_state = outer.init(ravel_pytree(theta)[0])
+        opt_state = outer.init(theta)
         return Run(theta, theta, opt_state, particles, jnp.int32(0), unknown)
 
     rows = machine.sharding(settings.num_pairs)
-    everywhere = jax.NamedSharding(rows.mesh, jax.sharding.PartitionSpec())
+    everywhere = jax.NamedSharding(rows.mesh, jax.P())
     particles = dict.fromkeys(each, estimators.Particles(rows, rows, rows, everywhere))
     layout = Run(everywhere, everywhere, everywhere, particles, everywhere, everywhere)
 
@@ -204,12 +193,8 @@ def begun(settings):
     """The theta to begin with, if it is in a file."""
     if not settings.begin:
         return None
-
-    def kind(name, sizes):  # one theta serves all horizons
-        return json.dumps([name, {"without": [], **sizes, "horizon": 0}], sort_keys=True)
-
-    facts, (_, theta) = model.about(settings.begin), model.load(settings.begin)
-    if kind(facts["name"], facts["sizes"]) != kind(settings.optimizer, arguments(settings)):
+    learned, theta = model.load(settings.begin, settings.horizon)  # one theta serves all horizons
+    if learned is not make_learned(settings):  # each is made once, see LearnedOptimizer
         raise ValueError(f"{settings.begin} holds another kind of optimizer than what is to be "
                          "learned: choose its --optimizer and --without, or another file.")
     return theta
@@ -235,7 +220,7 @@ def train(settings, folder, run, rows, outer_steps, deadline=np.inf,
     disk is then from before them.
     """
     found, saved, fruitless = updates(settings, run, outer_steps), time.monotonic(), 0
-    print(HEADER)
+    print("  step family         loss smoothed gradient capped dropped  s/step   left")
     with stop_signals() as stops:
         while True:
             with together():
@@ -278,9 +263,6 @@ def stop_signals():
             signal.signal(number, default)
 
 
-HEADER = "  step family         loss smoothed gradient capped dropped  s/step   left"
-
-
 def report(settings, row, deadline):
     """A line on screen for the first of ten outer steps of each family, and for what went wrong."""
     turn = (row["step"] - 1) // len(settings.tasks)
@@ -311,7 +293,7 @@ def save(settings, folder, run, rows):
     panels = {"smoothed": dict(title="outer loss, running mean"),
               "gradient": dict(title="norm of the meta-gradient", yscale="log")}
     lines = [(name, row["family"], row["step"], row[name]) for name in panels for row in rows]
-    evaluate.picture(folder / "curves.png", lines, {"xlabel": "outer step"} | panels)
+    evaluate.picture(folder / "curves.png", lines, {"xlabel": "outer step"}, panels)
     return run
 
 
@@ -346,12 +328,11 @@ def parse(parser):
         help="CPU devices of this process, which share the pairs")
     add("--coordinator", default="", help="HOST:PORT of process 0, if several share them; or auto")
     add("--processes", type=COUNT, help="how many there are")
-    add("--process", type=NATURAL, help="which one this is, from 0")
+    add("--process", type=int, help="which one this is, from 0")
     add("--wait", type=POSITIVE, default=300.0, help="seconds until a silent peer is lost")
-    given = vars(parser.parse_args())
+    flags, arrays = parser.parse_args(), None
     known = {field.name for field in dataclasses.fields(Settings)}
-    chosen = {name: given.pop(name) for name in known & set(given)}
-    flags, arrays = argparse.Namespace(**given), None
+    chosen = {name: x for name, x in vars(flags).items() if name in known}
     check_processes(flags)
     folder = Path(flags.out or time.strftime("runs/%Y%m%d-%H%M%S"))
     if flags.resume is not None:

@@ -16,7 +16,7 @@ import machine
 from optimizers import (  # noqa: F401
     Optimizer, adam, careful, going_back, momentum, muon, nadamw, orthogonal, rmsprop, sgd,
     steps_of)
-from papers import (  # noqa: F401
+from papers import (
     DECAYS, Form, LearnedOptimizer, component_lstm, joined, p1, p2, product, tanh_times)
 from tensors import by_shape, each, mean, per_tensor, row
 
@@ -88,10 +88,6 @@ def anchored_step(pace, steered_by=()):
     return change
 
 
-def no_paces(theta, seen):
-    return jnp.ones(len(seen.shapes))
-
-
 def live_inputs(seen):
     """Of how many inputs each tensor's weights ever had a gradient, [tensors]: not of padding, nor
     of what is always zero."""
@@ -150,9 +146,9 @@ def lstm_time_losses(seen):
 def orthogonal_momentum(seen):
     """A matrix's momentum, made `orthogonal`: close to Nesterov's of decay 0.8; [1, n]."""
     momenta = by_shape(seen.m[0] + seen.m[B1], seen.shapes)
-    kinds = dict.fromkeys(seen.shapes)
-    rounds = [jax.vmap(functools.partial(orthogonal, shape=shape)) for shape in kinds]
-    return row([f(x) for f, x in zip(rounds, momenta)])[None]
+    found = [jax.vmap(functools.partial(orthogonal, shape=shape))(x)
+             for shape, x in zip(dict.fromkeys(seen.shapes), momenta)]
+    return row(found)[None]
 
 
 ADDITIONS = ("anchored_step", "paces", "steering", "signal_to_noise", "orthogonal_momentum",
@@ -164,21 +160,19 @@ def ours(paper, horizon, without, steered_by=()):
     horizon = steps_of(horizon)
     if set(without) - set(ADDITIONS):
         raise ValueError(f"without must name some of {', '.join(ADDITIONS)}, not {without}.")
-    pace = no_paces if "paces" in without else functools.partial(paces, horizon)
+    pace = functools.partial(paces, horizon)
+    if "paces" in without:
+        pace = lambda theta, seen: jnp.ones(len(seen.shapes))
     steered_by = [f for f in steered_by if not {"steering", f.__name__} & {*without}]
+    exchanged = {  # what each addition changes in the papers' form
+        "anchored_step": dict(step=anchored_step(pace, steered_by)),
+        "generalisation_gap": dict(gap=generalisation_gap),
+        "signal_to_noise": dict(lstm_inputs=(functools.partial(signal_to_noise, unit=10.0),)),
+        "orthogonal_momentum": dict(mlp_inputs=(orthogonal_momentum,)),
+        "relative_time": dict(time=functools.partial(relative_time, horizon), valid_decay=0.8)}
     form = Form(bound=5.0)
-    if "anchored_step" not in without:
-        form = form._replace(step=anchored_step(pace, steered_by))
-    if "generalisation_gap" not in without:
-        form = form._replace(gap=generalisation_gap)
-    if "signal_to_noise" not in without:
-        signals = functools.partial(signal_to_noise, unit=10.0)
-        form = form._replace(lstm_inputs=(*form.lstm_inputs, signals))
-    if "orthogonal_momentum" not in without:
-        form = form._replace(mlp_inputs=(*form.mlp_inputs, orthogonal_momentum))
-    if "relative_time" not in without:
-        time = functools.partial(relative_time, horizon)
-        form = form._replace(time=time, valid_decay=0.8)
+    for name, change in exchanged.items():
+        form = form if name in without else form._replace(**change)
     found = paper(form=form)
     return found if "unit_weights" in without else unit_weights(found)
 
@@ -219,7 +213,7 @@ def save(path, name, theta, **facts):
     `sizes` holds the arguments the optimizer was made with; the rest, what it learned from."""
     about = json.dumps({"name": name, "sizes": {}, **facts})
     arrays = {f"theta/{k}": np.asarray(x, np.float32) for k, x in theta.items()}
-    machine.write_npz(path, {"about": np.array(about), **arrays})
+    machine.write_npz(path, {"about": about, **arrays})
 
 
 def load(path, horizon=None):

@@ -56,19 +56,11 @@ def watched(family, target):
     return family._replace(batch=batch)
 
 
-def outer_losses(curves, outer_loss):
-    """Mean capped OuterLoss of the episodes of `watched` tasks: [n, h, points, 2] -> [n, h]."""
-    losses = np.asarray(curves)[..., 1]
-    progress = np.linspace(0, 1, losses.shape[2])[None, None, 1:]
-    values = outer_loss.loss(losses[..., 1:], losses[..., :1], progress, 0.0)
-    return np.fmin(values, outer_loss.cap).mean(2)  # NaN counts as the cap
-
-
 def make_pool(family, count, horizon, target):
     """M = `count` tasks, the same for all seeds -> (keys [M], best [M]); None for no tasks.
 
     The keys are for `family.sample`, the best losses of Adam, at any rate and time, over the start,
-    for an OuterLoss; at most 0.8, since P2 caps what such a division gives, too.
+    for an OuterLoss; at most 0.8 (ours), lest there be next to nothing to divide by.
     """
     if not count:
         return None
@@ -105,12 +97,12 @@ def fit_step_size(learned, theta, families, keys, horizon, target, outer_loss):
     def fitted(theta, entry, multiples, choose):
         variants = tree.map(lambda x: jnp.stack([x] * len(multiples)), theta)
         variants[entry] += jnp.log(jnp.float32(multiples))
-        curves = []
-        for family in families:
-            family = watched(family, target)
-            found = evaluate.runs(family, learned.optimizer, variants, keys, horizon)
-            curves.append(found["curves"])
-        values = outer_losses(np.concatenate(curves), outer_loss)  # [tasks, multiples]
+        runs = [evaluate.runs(watched(family, target), learned.optimizer, variants, keys, horizon)
+                for family in families]
+        losses = np.concatenate([run["curves"] for run in runs])[..., 1]
+        progress = np.linspace(0, 1, losses.shape[2])[None, None, 1:]
+        values = outer_loss.loss(losses[..., 1:], losses[..., :1], progress, 0.0)
+        values = np.fmin(values, outer_loss.cap).mean(2)  # [tasks, multiples]; NaN is the cap
         losses = f"{values.mean(0).round(4)} at {multiples.round(2)} x"
         print(f"{entry}: outer loss {losses}", flush=True)
         multiple = choose(multiples, values)

@@ -37,12 +37,10 @@ def careful(init, update):
                              "and shapes as the parameters.")
         if not tree.leaves(params):
             return params, state
-        given = [tree.map(float32, x) for x in (grads, params)]
-        losses = dict(loss=scalar(value if loss is None else loss), valid_loss=scalar(valid_loss))
-        updates, new = update(given[0], state, given[1], **losses)
-        return tuple(
-            tree.map(lambda x, old: x.astype(jnp.result_type(old)), found, like)
-            for found, like in ((updates, params), (new, state)))
+        found = update(
+            tree.map(float32, grads), state, tree.map(float32, params),
+            loss=scalar(value if loss is None else loss), valid_loss=scalar(valid_loss))
+        return tree.map(lambda x, old: x.astype(jnp.result_type(old)), found, (params, state))
 
     return Optimizer(start, step)
 
@@ -67,7 +65,7 @@ def float32(x):
 
 
 def steps_of(horizon):
-    number = isinstance(horizon, (int, np.integer)) and not isinstance(horizon, bool)
+    number = type(horizon) is int or isinstance(horizon, np.integer)  # no bool
     if not (number and 0 < horizon < 2 ** 31):
         raise ValueError("horizon is the number of steps that a training takes, a positive "
                          f"integer, not {horizon}.")
@@ -152,9 +150,7 @@ def nadamw(learning_rate, b1=0.9, b2=0.999, eps=1e-8, *,
     return leafwise(2, step)
 
 
-def adam(learning_rate, b1=0.9, b2=0.999, eps=1e-8):
-    """Kingma and Ba 2015, with constant learning rate."""
-    return nadamw(learning_rate, b1, b2, eps, nesterov=False)
+adam = functools.partial(nadamw, nesterov=False)  # Kingma and Ba 2015
 
 
 def orthogonal(x, shape):
@@ -254,14 +250,14 @@ def going_back(optimizer):
         record = Record(zero, none, jnp.zeros(2), zero, zero, zero, zero, params, none)
         return optimizer.init(params), record
 
-    def update(grads, state, params, *, loss, valid_loss):
+    def update(grads, state, params, **losses):
         inner, record = state
-        losses = dict(loss=loss, valid_loss=valid_loss)
         updates, inner = optimizer.update(grads, inner, params, **losses)
+        loss = losses["valid_loss"]
         record, back = lax.cond(
-            news(valid_loss, record.count, record.told),
+            news(loss, record.count, record.told),
             remember, lambda record, *_: (record, False),
-            record, valid_loss, params)
+            record, loss, params)
         brake = jnp.exp(-BRAKE * record.returns)
 
         def move(u, p, best):

@@ -6,10 +6,9 @@ import csv
 import re
 from typing import Callable, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax, nn, random
+from jax import lax, nn, random, tree
 
 import machine
 import parts
@@ -312,7 +311,7 @@ def family(mine, net="mlp", width=32, max_batch=64):
     Loss: mean cross-entropy of labels in nats, or half the squared error of targets over their
     variance. Measured are mine.scores, in units of theirs.
     """
-    arrays = jax.tree.map(jnp.asarray, mine.arrays)
+    arrays = tree.map(jnp.asarray, mine.arrays)
     shape, outputs = arrays["x"].shape[1:], len(mine.constant)
     init, forward = small_net(net, shape, width, outputs)
 

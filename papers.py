@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax, nn, random
-from jax.flatten_util import ravel_pytree
 
 from optimizers import bounded, careful, news
-from tensors import by_shape, each, in_order, mean, per_tensor, row, shapes_of, sizes
+from tensors import by_shape, each, in_order, mean, per_tensor, row, sizes
 
 
 class LearnedOptimizer(NamedTuple):
@@ -43,14 +42,12 @@ def learned(init_state, update):
             return theta[name]
 
         def step(grads, state, params, *, loss, valid_loss):
-            (ws, back), (gs, _) = in_order(params), in_order(grads)
-            (w, unravel), (g, _) = ravel_pytree(ws), ravel_pytree(gs)
-            losses = loss, valid_loss
-            change, state = update(look_up, g, w, shapes_of(ws), state, losses)
-            return back(unravel(change)), state
+            (w, shapes, back), (g, *_) = in_order(params), in_order(grads)
+            change, state = update(look_up, g, w, shapes, state, (loss, valid_loss))
+            return back(change), state
 
         def start(params):
-            return init_state(look_up, shapes_of(in_order(params)[0]))
+            return init_state(look_up, in_order(params)[1])
 
         return careful(start, step)
 
@@ -182,10 +179,7 @@ def papers_step(theta, hidden, features, odd, seen):
 
     A step is given what `mlp` finds, how many features are odd (they come first), and what is seen.
     """
-    units = len(hidden[0])
-    w = theta("step/w", (units, 2), units ** -0.5)
-    b = theta("step/b", (2,))
-    d, a = product(w, row(hidden)) + b[:, None]
+    d, a = dense(theta, "step", row(hidden), 2)
     return -0.001 * d * jnp.exp(0.001 * a)
 
 
@@ -223,7 +217,7 @@ def p1(units=32, layers=1, rms=False, form=Form()):
 
 @functools.cache
 def component_lstm(units=20):
-    """Andrychowicz et al. 2016, as P2 (appendix F.1) compares with.
+    """Andrychowicz et al. 2016; P2 (appendix F.1) compares with a GRU of that kind, twice 20 units.
 
     Two LSTM layers read a gradient's size (over a range of e^20) and its sign apart.
     """
@@ -257,8 +251,8 @@ def unbiased(average, decay, count):
 
 
 def observe(average, loss, decay):
-    """The running (mean, variance, count, last) of a loss, [4], with one more, if that is news (P2
-    appendix C.2.2)."""
+    """The running (mean, variance, count, last) of a loss, [4], with one more (P2 appendix C.2.2).
+    Ours: only if that is news, and within 30 deviations."""
     mean, variance, count, last = average
     there = news(loss, count, last)
     told = jnp.where(there, loss, 0.0)  # where there is none, the derivative is finite, too
@@ -300,7 +294,8 @@ def statistics(means, squares, shapes):
 
 
 def tensor_facts(squares, seen):
-    """What P2's MLP knows of each tensor: how many there are, its norm and size, and the time."""
+    """What P2's MLP knows of each tensor: how many there are, its norm (at least 1e-4, here) and
+    size, and the time."""
     count = sizes(seen.shapes)
     log_norm = 0.5 * jnp.log(count * squares[2] + 1e-8)
     tensors = np.full(len(count), np.log(len(count)) - 1, np.float32)
@@ -350,9 +345,9 @@ class HierarchicalState(NamedTuple):
 def p2(lstm=64, units=32, form=Form(bound=5.0)):
     """P2 section 3.3 and appendix C: first the LSTM of each tensor, then the MLP of each parameter.
 
-    All initial states are learned. P2 bounds normalised features (appendix C.4), it doesn't say at
-    what; it also has a feature that is left out here, the weights of 100 steps ago. Once the time
-    stands still the LSTM rests.
+    All initial states are learned. P2 bounds normalised features (appendix C.4; its text doesn't
+    say at what) and has one feature more, the weights of 100 steps ago. Once the time stands still
+    the LSTM rests.
     """
     def init_state(theta, shapes):
         feedback = each(theta("initial/feedback", (FEEDBACK,), 0.1), shapes)
@@ -373,18 +368,19 @@ def p2(lstm=64, units=32, form=Form(bound=5.0)):
         size = jnp.sqrt(1e-8 + jnp.mean(squares[3]))  # of g
         size = (1 - rate) * state.size + rate * size
 
-        known = [statistics(means, squares, shapes)]
-        known += [f(seen) for f in form.lstm_inputs]
-        known += [each(losses, shapes), each(state.context, shapes), state.feedback]
+        known = (
+            statistics(means, squares, shapes),
+            *(f(seen) for f in form.lstm_inputs),
+            each(losses, shapes),
+            each(state.context, shapes),
+            state.feedback)
         h, c = lstm_cell(theta, "lstm", jnp.concatenate(known), state.h, state.c)
         rests = form.time(t - 1) == seen.time
         h, c = jnp.where(rests, state.h, h), jnp.where(rests, state.c, c)
         seen = seen._replace(h=h)
 
-        odd = [parameter_features(seen), *(f(seen) for f in form.mlp_inputs)]
-        odd = jnp.concatenate(odd)
-        log_w = jnp.log(jnp.abs(w)[None] + 1e-8)
-        even = log_w, seen.v, lax.rsqrt(seen.v + 1e-6)
+        odd = jnp.concatenate([parameter_features(seen), *(f(seen) for f in form.mlp_inputs)])
+        even = jnp.log(jnp.abs(w)[None] + 1e-8), seen.v, lax.rsqrt(seen.v + 1e-6)
         shared = joined(dense(theta, "condition", h, CONDITION), tensor_facts(squares, seen))
         features = jnp.concatenate([odd, *even])
         hidden, features = mlp(theta, units, 2, features, shared, seen, form)

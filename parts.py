@@ -115,6 +115,16 @@ def units(task, i):
     return task[f"width{i}"] & (i < task["depth"])
 
 
+def net_ranges(max_depth, max_width, max_batch):
+    """What tasks with a fully connected net draw, of that many hidden layers at most."""
+    return dict(
+        depth=choice(max_depth, first=1),
+        **{f"width{i}": size(8, max_width) for i in range(max_depth)},
+        activation=ACTIVATION,
+        batch_size=size(max_batch / 8, max_batch),
+        init_scale=SCALE)
+
+
 def deep_net(task, key, inputs, outputs, max_depth):
     """Parameters of a fully connected net of the task's depth and widths."""
     rows = units(task, 0)

@@ -8,11 +8,11 @@ import evaluate
 import model
 import objective
 import tasks
-from evaluate import number
+from evaluate import SEED, number
 
-COUNT, NATURAL = number(int, 1, 2 ** 31 - 1), number(int, 0, 2 ** 31 - 1)
+COUNT = number(int, 1, 2 ** 31 - 1)
 STEPS, SOME = number(int, 1, 10 ** 7), number(int, 0, 10 ** 5)  # of what takes memory
-POSITIVE, NOT_NEGATIVE = number(float, 1e-30), number(float, 0)
+POSITIVE = number(float, 1e-30)
 ESTIMATORS = "truncated_backprop", "es", "merged", "pes", "combined"
 
 
@@ -41,14 +41,14 @@ SUITED = {  # to each estimator: long unrolls, since each earlier truncation add
     "pes": dict(sigma=0.03, outer_steps=1600, decay_steps=200.0, truncation=200),
     "merged": dict(sigma=0.01, outer_steps=160),
     "combined": dict(sigma=0.01, outer_steps=160)}
+PAPERS = dict(without=ADDITIONS, sigma=0.01, jitter=0.2, outer_batches=5, learning_rate=3e-3,
+              outer_steps=10 ** 5)
 RECIPES = {  # whole systems: the papers', as far as ten minutes reach, and ours
     "ours": {},
-    "p1": dict(optimizer="p1", without=ADDITIONS, estimator="merged", sigma=0.01, num_pairs=4,
-               truncation=200, shortest=50, growing=100, jitter=0.2, outer_batches=5, b1=0.5,
-               learning_rate=3e-3, outer_steps=10 ** 5),
-    "p2": dict(optimizer="p2", without=ADDITIONS, estimator="es", sigma=0.01, num_pairs=16,
-               truncation=40, jitter=0.2, outer_batches=5, num_tasks=256, outer_loss="normalised",
-               learning_rate=3e-3, outer_steps=10 ** 5)}
+    "p1": PAPERS | dict(optimizer="p1", estimator="merged", num_pairs=4, truncation=200,
+                        shortest=50, growing=100, b1=0.5),
+    "p2": PAPERS | dict(optimizer="p2", estimator="es", num_pairs=16, truncation=40,
+                        num_tasks=256, outer_loss="normalised")}
 
 
 def flag(default, why):
@@ -73,14 +73,14 @@ class Settings:
     outer_steps: COUNT = flag(320, "updates of theta in all; a finished run can go on with more")
     minutes: POSITIVE = flag(7.8, "stop learning then; from each launch, compiling included")
     save_seconds: POSITIVE = flag(30.0, "time between two saves")
-    seed: number(int, 1 - 2 ** 31, 2 ** 31 - 1) = flag(0, "of theta, tasks and noise")
+    seed: SEED = flag(0, "of theta, tasks and noise")
     horizon: STEPS = flag(model.HORIZON, "T, inner steps of an episode")
     truncation: STEPS = flag(model.HORIZON, "K, inner steps of one unroll; no bias if K = T")
     shortest: STEPS = flag(10 ** 7, "K at first, if that is less; it grows to --truncation")
     growing: COUNT = flag(1000, "outer steps in which it grows")
     jitter: number(float, 0, 0.9) = flag(0.0, "each K is drawn, within this share of it")
     num_pairs: number(int, 1, 10 ** 5) = flag(2, "N, antithetic pairs (single ones without noise)")
-    sigma: NOT_NEGATIVE = flag(0.0, "deviation of the noise on theta; 0 for backprop alone")
+    sigma: number(float, 0) = flag(0.0, "deviation of the noise on theta; 0 for backprop alone")
     adjoint: POSITIVE = flag(1.0, "largest norm of what backprop sends from step to step")
     clip: POSITIVE = flag(0.3, "largest norm of one pair's pathwise gradient")
     learning_rate: number(float, 1e-30, 1e9) = flag(6e-3, "of the outer Adam at its start")

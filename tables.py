@@ -8,11 +8,12 @@ import numpy as np
 from jax import lax, random
 
 import data
-from parts import chance, choice, draw, first, log_uniform, masked, often_zero, size, uniform
+from parts import (
+    chance, choice, draw, first, log_uniform, masked, net_ranges, often_zero, size, uniform)
 
 TRAIN = 3072  # the first rows: to train on and to validate with
 ROWS = {"outer_valid": (3072, 512), "test": (3584, 512)}  # first, how many
-CLASSES = 10  # at most
+CLASSES, INPUTS, BATCH = 10, 256, 64  # at most
 COLUMNS = (  # what is shown of a standard normal number, mostly at mean 0 and variance 1 again
     lambda x: x,
     lambda x: x ** 3 / np.sqrt(15),                                    # a few are huge
@@ -21,6 +22,7 @@ COLUMNS = (  # what is shown of a standard normal number, mostly at mean 0 and v
     lambda x: jnp.where(x > 1.5, 3.74, -0.268),                        # rarely yes
     jnp.zeros_like)                                                    # always the same
 RANGES = dict(
+    inputs=size(4, INPUTS),
     examples=log_uniform(32.0, 2700.0),      # rows to train on; a tenth as many others to validate
     regression=chance(1 / 3),
     classes=choice(CLASSES - 1, first=2),
@@ -29,7 +31,8 @@ RANGES = dict(
     luck=often_zero(log_uniform(0.1, 2.0)),  # deviation of what no column tells
     common=often_zero(uniform(0.0, 0.9)),    # share of variance that columns have in common
     useful=uniform(0.1, 1.0),                # share of columns that tell something
-    bend=log_uniform(0.3, 3.0))              # of the net that is to be found
+    bend=log_uniform(0.3, 3.0),              # of the net that is to be found
+    **net_ranges(2, 16, BATCH))
 
 
 class Numbers(NamedTuple):
@@ -40,9 +43,9 @@ class Numbers(NamedTuple):
     group: jax.Array  # [rows], uniform in [0, 1)
 
 
-def numbers(pool, inputs):
+def numbers(pool):
     rng = np.random.default_rng(data.POOLS.index(pool))
-    normal = (rng.standard_normal((4096, n)) for n in (inputs, 4, CLASSES))
+    normal = (rng.standard_normal((4096, n)) for n in (INPUTS, 4, CLASSES))
     return Numbers(*map(jnp.float32, normal), jnp.float32(rng.uniform(size=4096)))
 
 
@@ -66,26 +69,22 @@ def told(made, task, row):
     return jnp.tanh(task["bend"] * x) @ task["b"]
 
 
-def table_tasks(pool, inputs, max_batch, ranges):
-    """-> (sample, batch) of tables of up to so many columns.
-
-    A task draws RANGES and these ranges; batch_size must be among them. A batch is numbers
-    [B, inputs], classes [B], targets [B], of variance about 1, and a mask [B] as of letters.
-    """
-    made = numbers(pool, inputs)
-    ranges = dict(inputs=size(4, inputs)) | RANGES | ranges
+def table_tasks(pool):
+    """-> (sample, batch) of tables. A batch is numbers [B, inputs], classes [B], targets [B], of
+    variance about 1, and a mask [B] as of letters."""
+    made = numbers(pool)
 
     def sample(key):
         keys = random.split(key, 6)
-        task = draw(keys[0], ranges)
-        u = random.uniform(keys[1], (3, inputs))
-        loads = random.normal(keys[2], (4, inputs))
-        useful = (u[0] < task["useful"]) | first(1, inputs)
+        task = draw(keys[0], RANGES)
+        u = random.uniform(keys[1], (3, INPUTS))
+        loads = random.normal(keys[2], (4, INPUTS))
+        useful = (u[0] < task["useful"]) | first(1, INPUTS)
         useful &= task["inputs"]
-        a = random.normal(keys[3], (inputs, 16))
+        a = random.normal(keys[3], (INPUTS, 16))
         a /= jnp.sqrt(jnp.sum(useful))
         apart = task["apart"] / jnp.sqrt(jnp.sum(useful)) * useful
-        centers = random.normal(keys[5], (CLASSES, inputs))
+        centers = random.normal(keys[5], (CLASSES, INPUTS))
         task |= dict(
             centers=apart[None] * centers,
             spread=jnp.sqrt(1 + apart ** 2),
@@ -99,7 +98,7 @@ def table_tasks(pool, inputs, max_batch, ranges):
         return task | dict(b=b, middle=jnp.mean(says, 0) / jnp.std(says, 0))
 
     def batch(task, key, split):
-        row = picked(task, split, random.uniform(key, (max_batch,)))
+        row = picked(task, split, random.uniform(key, (BATCH,)))
         x = columns(made, task, row)
         kinds = jnp.broadcast_to(task["kinds"], x.shape)
         x = lax.select_n(kinds, *(f(x) for f in COLUMNS))

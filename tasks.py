@@ -10,12 +10,12 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax, nn, random
+from jax import lax, nn, random, tree
 
 import data
 from parts import (
     ACTIVATION, CORES, GATES, SCALE, chance, choice, cross_entropy, deep_net, dense, draw, first,
-    hidden, log_uniform, masked, often_zero, padded, patches, size, through, uniform)
+    hidden, log_uniform, masked, net_ranges, often_zero, padded, patches, size, through, uniform)
 from tables import table_tasks
 
 VALID_EVERY = 10  # inner steps from one inner_valid batch to the next (P2 appendix C.1)
@@ -64,7 +64,7 @@ def inner_step(family, optimizer, task, inner, key):
     valid_loss = lax.cond(inner.step % VALID_EVERY == 0, validate, lambda: jnp.nan)
     updates, opt_state = optimizer.update(
         grads, inner.opt_state, params, loss=loss, valid_loss=valid_loss)
-    params = jax.tree.map(jnp.add, params, updates)
+    params = tree.map(jnp.add, params, updates)
     return Inner(params, opt_state, inner.step + 1)
 
 
@@ -102,7 +102,7 @@ def letter_tasks(pool, max_batch, ranges):
     A task draws these ranges; batch_size and LETTERS must be among them. A batch is images [B, 64],
     labels [B] and a mask [B] of the task's batch size (of all, in other splits than training).
     """
-    images = jax.tree.map(jnp.asarray, data.small_letters(pool))
+    images = tree.map(jnp.asarray, data.small_letters(pool))
     letters, examples, _ = images["train"].shape
     rng = np.random.default_rng(0)
     noise = jnp.float32(rng.standard_normal((4096, 64)))  # indexing is cheaper than drawing
@@ -146,13 +146,8 @@ def mlp(pool="meta_train", max_depth=2, max_width=32, max_batch=64):
 
     Batch: see `letter_tasks`. Loss: mean cross-entropy, in nats.
     """
-    sample, batch = letter_tasks(pool, max_batch, dict(
-        depth=choice(max_depth, first=1),  # hidden layers
-        **{f"width{i}": size(8, max_width) for i in range(max_depth)},
-        activation=ACTIVATION,
-        batch_size=size(max_batch / 8, max_batch),
-        init_scale=SCALE,  # standard deviation of a weight times sqrt(its fan-in)
-        **LETTERS))
+    ranges = net_ranges(max_depth, max_width, max_batch)
+    sample, batch = letter_tasks(pool, max_batch, ranges | LETTERS)
 
     def init(task, key):
         return deep_net(task, key, 64, CLASSES, max_depth)
@@ -165,19 +160,13 @@ def mlp(pool="meta_train", max_depth=2, max_width=32, max_batch=64):
 
 
 @functools.cache
-def table(pool="meta_train", max_inputs=256, max_width=16, max_batch=64):
+def table(pool="meta_train"):
     """Fully connected nets on made-up tables of 32 to 2,700 rows, 4 to 256 columns.
 
     Batch: see `table_tasks`. Loss: mean cross-entropy, in nats; where a target is to be told, half
     the squared error.
     """
-    sample, batch = table_tasks(pool, max_inputs, max_batch, dict(
-        depth=choice(2, first=1),
-        width0=size(8, max_width),
-        width1=size(8, max_width),
-        activation=ACTIVATION,
-        batch_size=size(max_batch / 8, max_batch),
-        init_scale=SCALE))
+    sample, batch = table_tasks(pool)
 
     def outputs(task):
         return first(jnp.where(task["regression"], 1, task["classes"]), CLASSES)
@@ -196,12 +185,12 @@ def table(pool="meta_train", max_inputs=256, max_width=16, max_batch=64):
 
 
 @functools.cache
-def conv(pool="meta_train", max_channels=8, max_batch=32):
+def conv(pool="meta_train", max_batch=32):
     """One or two 3x3 convolutions and a linear head, on 8x8 letters; batch and loss as in `mlp`.
 
     TaskSet's conv_fc and conv_pooling, without their padding per layer and missing biases.
     """
-    channels = size(max_channels / 4, max_channels)
+    channels = size(2, 8)
     sample, batch = letter_tasks(pool, max_batch, dict(
         batch_size=size(max_batch / 8, max_batch),
         **LETTERS,
@@ -249,20 +238,15 @@ def conv_loss(task, params, batch):
         lambda: layer(2, 1))
     deeper = hidden(task, params, "w1", around, two)
     h = jnp.where(task["depth"] == 2, deeper, h).reshape(len(x), 16, -1)
-    h = masked(read, pooled(task["head"], h, positions))
-    return cross_entropy(dense(params, "out", h.reshape(len(x), -1)), y, real)
-
-
-def pooled(head, h, positions):
-    """h [B, 16, channels] or, instead of each position, the mean or the maximum of all."""
-    positions = positions[None, :, None]
-    mean = jnp.mean(h, 1, where=positions, keepdims=True)
-    most = jnp.max(h, 1, where=positions, keepdims=True, initial=-jnp.inf)
-    return jnp.where(head == 0, h, jnp.where(head == 1, mean, most))
+    there, head = positions[None, :, None], task["head"]
+    mean = jnp.mean(h, 1, where=there, keepdims=True)
+    most = jnp.max(h, 1, where=there, keepdims=True, initial=-jnp.inf)
+    h = jnp.where(head == 0, h, jnp.where(head == 1, mean, most))  # [B, 16, channels]
+    return cross_entropy(dense(params, "out", masked(read, h).reshape(len(x), -1)), y, real)
 
 
 @functools.cache
-def autoencoder(pool="meta_train", max_width=24, max_code=12, max_batch=64):
+def autoencoder(pool="meta_train", max_code=12, max_batch=64):
     """8x8 letters through a bottleneck, one hidden layer on each side (TaskSet's mlp_ae, mlp_vae).
 
     Loss: mean over the pixels of the absolute or squared error; variational tasks add a tenth of
@@ -272,7 +256,7 @@ def autoencoder(pool="meta_train", max_width=24, max_code=12, max_batch=64):
     sample, letter_batch = letter_tasks(pool, max_batch, dict(
         batch_size=size(max_batch / 8, max_batch),
         **LETTERS,  # label_noise has no effect
-        width=size(8, max_width),
+        width=size(8, 24),
         code=size(2, max_code),
         activation=ACTIVATION,
         init_scale=SCALE,
@@ -320,18 +304,18 @@ def autoencoder_loss(task, params, batch):
 
 
 @functools.cache
-def rnn(pool="meta_train", max_width=16, max_embedding=12, max_length=16, max_batch=8):
+def rnn(pool="meta_train", max_length=16, max_batch=8):
     """Character-level language modelling of Python's documentation (TaskSet's char_rnn_lm).
 
     Loss: mean cross-entropy of the next character, in nats.
     Batch: characters [B, max_length + 1] int, a mask [B, max_length].
     """
-    text = jax.tree.map(jnp.asarray, data.texts(pool))
+    text = tree.map(jnp.asarray, data.texts(pool))
     n = len(data.SYMBOLS)
     ranges = dict(
         core=choice(3),
-        width=size(8, max_width),
-        embedding=size(4, max_embedding),
+        width=size(8, 16),
+        embedding=size(4, 12),
         length=size(4, max_length),
         batch_size=size(2, max_batch),
         init_scale=SCALE)

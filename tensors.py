@@ -4,21 +4,21 @@ import collections
 import jax.numpy as jnp
 import numpy as np
 from jax import tree
+from jax.flatten_util import ravel_pytree
 
 
 def in_order(params):
-    """-> (the tensors, those of one shape side by side; f: such a list -> a tree like params)."""
+    """-> (all numbers [n], those of tensors of one shape side by side; the tensors' shapes; f: such
+    a row -> a tree like params)."""
     tensors, treedef = tree.flatten(params)
     order = sorted(range(len(tensors)), key=lambda i: tensors[i].shape)
+    numbers, unravel = ravel_pytree([tensors[i] for i in order])
 
-    def back(found):
+    def back(numbers):
+        found = unravel(numbers)
         return treedef.unflatten([found[i] for i in np.argsort(order)])
 
-    return [tensors[i] for i in order], back
-
-
-def shapes_of(tensors):
-    return [x.shape for x in tensors]
+    return numbers, [tensors[i].shape for i in order], back
 
 
 def sizes(shapes):

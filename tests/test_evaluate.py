@@ -157,7 +157,12 @@ def test_the_command_writes_table_and_picture(theta, monkeypatch, capsys):  # no
     one_baseline(monkeypatch)
     more = "theta.npz --tasks 4 --horizon 20 --json table.json".split()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *more])
+    seen, plain = {}, evaluate.summary
+    monkeypatch.setattr(evaluate, "summary", lambda curves: seen.update(curves) or plain(curves))
     evaluate.main()
+    for curves in seen.values():  # all begin alike
+        start = np.broadcast_to(seen["learned"][:, :, 0], curves[:, :, 0].shape)
+        np.testing.assert_allclose(curves[:, :, 0], start, rtol=1e-5)
     result, said = json.loads(Path("table.json").read_text()), capsys.readouterr().out
     assert result["tasks"] == 4 and result["horizon"] == 20
     names = {*evaluate.BASELINES, "NAdamW, list of 10"}

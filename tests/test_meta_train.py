@@ -56,6 +56,7 @@ def bowl(pool="meta_train"):
         lambda task, params, batch: jnp.sum(task * (params["x"] - batch) ** 2))
 
 
+@functools.cache
 def rates(horizon=400):
     """A learned optimizer that does, too: SGD of a learned rate."""
     def update(theta, grads, state, params=None, **losses):
@@ -146,6 +147,7 @@ def test_a_run_ends_with_the_table_and_all_files_and_the_fit_changes_the_step_si
     assert json.loads((folder / "table.json").read_text())["function"]["tasks"] == 4
     facts, (_, theta) = model.about(folder / "theta.npz"), model.load(folder / "theta.npz")
     assert dict(outer_steps_done=9, seed=3, fit=4, tasks=["function"]).items() <= facts.items()
+    assert facts["sizes"] == {"horizon": 20, "without": []}
     stored = machine.read_npz(folder / "checkpoint.npz")
     both = re.search(r"biases multiplied by (\S+), then all by (\S+)\n", said).groups()
     for i, (name, x) in enumerate(sorted(theta.items()), len(theta)):  # the average's leaves
@@ -185,14 +187,19 @@ def test_kill_and_resume_is_bit_identical(toys, small, tmp_path):
     assert log_of(folder) == log_of(whole) and steps_logged(folder) == list(range(1, 41))
 
 
-@pytest.mark.parametrize("arguments, truncation", [
-    ("", 400), ("--horizon 40", 40), ("--horizon 40 --truncation 20", 20),
-    ("--estimator pes", 200), ("--horizon 40 --estimator pes", 40), ("--recipe p1", 200),
-    ("--recipe p1 --truncation 40", 40), ("--recipe p2 --horizon 80", 40)])
-def test_a_truncation_is_the_horizon_unless_something_else_is_said(
-        arguments, truncation, monkeypatch):
+@pytest.mark.parametrize("arguments, wanted", [
+    ("", dict(truncation=400)), ("--horizon 40", dict(truncation=40)),
+    ("--horizon 40 --truncation 20", dict(truncation=20)),
+    ("--horizon 40 --estimator pes", dict(truncation=40)),
+    ("--recipe p1 --truncation 40", dict(truncation=40)),
+    ("--recipe p2 --horizon 80", dict(truncation=40)),
+    ("--estimator pes --sigma 1", dict(truncation=200, sigma=1.0, outer_steps=1600)),
+    ("--without averaging,fit --fit 3", dict(averaging="last", fit=3, warmup=10)),
+    ("--recipe p1 --clip 2", dict(truncation=200, adjoint=np.inf, clip=2.0, warmup=1, b1=0.5))])
+def test_what_is_said_counts_then_the_recipe_then_what_is_left_out_then_what_suits(
+        arguments, wanted, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["meta_train.py", *arguments.split()])
-    assert meta_train.parse(argparse.ArgumentParser())[0].truncation == truncation
+    assert wanted.items() <= vars(meta_train.parse(argparse.ArgumentParser())[0]).items()
 
 
 def test_a_run_can_begin_with_an_optimizer_that_is_there(toys, small):
@@ -425,11 +432,15 @@ def test_outer_steps_follow_adam_or_a_learned_optimizer_on_the_clipped_gradient(
     b1, warmup, averaging = (0.5, 1, "last") if name == "merged" else (0.9, 10, "later")
     settings = dataclasses.replace(
         SETTINGS, tasks=("function",), estimator=name, sigma=0.01, decay_steps=5.0,
-        outer_optimizer=mover, b1=b1, warmup=warmup, averaging=averaging)
-    plain = getattr(estimators, name)
+        outer_optimizer=mover, b1=b1, warmup=warmup, averaging=averaging,
+        shortest=10 if name == "merged" else 20)
+    plain, cap = getattr(estimators, name), objective.OUTER_LOSSES["end_root"].cap
     def telling(*problem, **options):  # the gradient itself, not its norm alone
+        assert options == dict(
+            num_pairs=2, truncation=20, horizon=20, sigma=0.01, clip=0.3, cap=cap)
         init, estimate = plain(*problem, **options)
         def told(*state):
+            assert (state[3] is None) == (name != "merged")
             gradient, particles, row = estimate(*state)
             return gradient, particles, row | gradient
         return estimators.Estimator(init, told)

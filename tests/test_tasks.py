@@ -10,6 +10,7 @@ import pytest
 from jax import random, tree
 
 import data
+import kinds
 import machine
 import model
 import parts
@@ -325,3 +326,48 @@ def test_no_60_characters_in_a_row_are_in_two_pools_or_splits():
 @pytest.mark.parametrize("name, digest", [("letters", LETTERS), ("texts", TEXTS)])
 def test_all_releases_have_the_same_data(name, digest):
     assert str(machine.digest(machine.read_npz(data.CORPUS / f"{name}.npz"))) == digest
+
+
+@functools.cache
+def of_kind(name):
+    return start(kinds.KINDS[name](), random.key(0))
+
+
+def test_kinds_by_batches_and_sizes():
+    for name, count in (("one_example", 1), ("full_batch", 256)):
+        family, (task, _, (x, _, real)) = kinds.KINDS[name](), of_kind(name)
+        again, _, _ = family.batch(task, random.key(7), "train")
+        assert real.sum() == count and (x == again).all() == (name == "full_batch")
+        tests = [family.batch(task, random.key(i), "test")[0] for i in range(2)]
+        assert (tests[0] != tests[1]).any()
+    _, params, _ = of_kind("wide_and_deep")
+    weights = sum(jnp.count_nonzero(x) for x in params.values())
+    assert weights == 64 * 128 + 3 * 128 ** 2 + 128 * 10
+
+
+def test_a_residual_net_is_one_of_convolutions(monkeypatch):
+    monkeypatch.setattr(parts, "cross_entropy", lambda logits, *_: logits)
+    task, params, (x, y, real) = of_kind("residual")
+
+    def convolved(name, x, stride=1):
+        kernel = params[name].reshape(3, 3, x.shape[-1], -1)
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    h = convolved("in", x.reshape(-1, 8, 8, 1), 2)
+    for i in range(2):
+        h = h + convolved(f"block{i}/1", jax.nn.relu(convolved(f"block{i}/0", jax.nn.relu(h))))
+    logits = jax.nn.relu(h).mean((1, 2)) @ params["out"]
+    found = kinds.residual().loss(task, params, (x, y, real))
+    np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformer_looks_back_and_nowhere_else(monkeypatch):
+    monkeypatch.setattr(parts, "cross_entropy", lambda logits, *_: logits)
+    task, params, characters = of_kind("transformer")
+    changed = characters.at[:, 5].add(1) % len(data.SYMBOLS)
+    family = kinds.transformer()
+    before, after = (np.array(family.loss(task, params, x)) for x in (characters, changed))
+    moved = np.abs(before - after).max((0, 2)) > 1e-6
+    assert moved.tolist() == [False] * 5 + [True] * 11
