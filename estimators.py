@@ -71,10 +71,10 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         like = jax.eval_shape(problem.reset, theta, key)  # no values: the first truncation resets
         state = tree.map(lambda x: jnp.zeros((num_pairs, len(signs), *x.shape), x.dtype), like)
         xi = jnp.zeros((num_pairs, size if history else 1), jnp.float32)
-        none = *jnp.zeros((2, size), jnp.float32), jnp.int32(0)
-        variances = none if weight == "running" else ()
-        unit = 1 if horizon % truncation else truncation  # else none is cut short
-        phases = horizon // unit * np.arange(num_pairs) // num_pairs  # can't overflow
+        none = jnp.zeros(size, jnp.float32)
+        variances = (none, none, jnp.int32(0)) if weight == "running" else ()
+        unit = 1 if horizon % truncation else truncation  # or unrolls would be cut short
+        phases = horizon // unit * np.arange(num_pairs) // num_pairs  # evenly spread
         return Particles(state, xi, jnp.int32(horizon + unit * phases), variances)
 
     def estimate(theta, particles, key, lengths=None):
@@ -84,12 +84,11 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         draw = functools.partial(random.normal, shape=theta.shape, dtype=theta.dtype)
         eps = sigma * jax.vmap(draw)(keys[:, 0])
         ends = t >= horizon
-        xi = jnp.where(ends[:, None], 0, xi)
-        t = jnp.where(ends, t - horizon, t)
-        whole = lengths is None and horizon % truncation == 0
+        t, xi = jnp.where(ends, t - horizon, t), jnp.where(ends[:, None], 0, xi)
         taken = jnp.minimum(truncation if lengths is None else lengths, horizon - t)
+        told = None if lengths is None and horizon % truncation == 0 else taken
         pair = functools.partial(run_pair, unroll, unravel, signs, weight != 0, clip)
-        rows = state, ends, None if whole else taken, eps, keys[:, 1]
+        rows = state, ends, told, eps, keys[:, 1]
         L, rp, state, counts = machine.over_devices(pair, num_pairs)(theta, rows)
         dL = (L[:, 0] - L[:, -1])[:, None]  # [N, 1]
         es, past = (dL * noise / (2 * sigma ** 2 or 1) for noise in (eps, xi))
@@ -112,7 +111,7 @@ merged = functools.partial(
 pes = functools.partial(estimator, weight=0, history=True)
 combined = functools.partial(estimator, weight="running", history=True)
 MERGING = ("sample", "running")
-FORGET = 0.99  # of the running averages of variances, an estimate
+FORGET = 0.99  # decay of the running variances, per estimate
 
 
 def flat(theta):
@@ -139,8 +138,9 @@ def run_pair(unroll, unravel, signs, differentiate, clip, theta, row):
     state, ends, taken, eps, key = row
 
     def mean_loss(thetas):
-        def one(row):
-            return unroll(unravel(row[0]), row[1], ends, taken, key)
+        def one(sign):
+            theta, state = sign
+            return unroll(unravel(theta), state, ends, taken, key)
 
         losses, states, capped = machine.over_rows(one, (thetas, state))
         return jnp.mean(losses), (losses, states, jnp.sum(capped))
@@ -159,8 +159,8 @@ def weights(weight, rp, es, dropped, variances, floor):
 
     w = v_es / (v_es + v_rp), of variances over the pairs: of this very sample, as in P1, biased
     where a sample doesn't show the variance; or running ones of earlier samples, independent of
-    what they weigh. Where backprop is kept from a meta-parameter, nothing is left of ES either. A
-    pair whose rp was dropped [N] has w = 0.
+    what they weigh. A meta-parameter that backprop is kept from has rp = 0, so w = 1: ES doesn't
+    move it either. A pair whose rp was dropped [N] has w = 0.
     """
     if weight not in MERGING:
         return jnp.full((1, 1), weight), variances, {}
@@ -181,8 +181,8 @@ def weights(weight, rp, es, dropped, variances, floor):
 
 
 def make_unroll(problem, truncation, cap):
-    """unroll(theta, state, ends, taken, key) -> (mean loss of so many steps, or, if that is None,
-    of K, state, number of capped losses).
+    """unroll(theta, state, ends, taken, key) -> (mean loss of `taken` steps (None: all K), state,
+    number of capped losses).
 
     It starts over if the episode `ends`. A capped loss carries no gradient (P1's code). Going
     backward, each step is computed again from its state; random bits are kept.

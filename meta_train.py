@@ -113,16 +113,17 @@ def inner_problem(settings, family, learned, pool=None):
 
 def outer_step(settings, estimator, outer, name, run, key):
     """Theta moves once, by an estimate on tasks of that family -> (Run, row of numbers)."""
-    taken, key = lengths(settings, run.step, key), random.fold_in(key, run.step)
+    taken = lengths(settings, run.step, key)
+    key = random.fold_in(key, run.step)
     gradient, particles, row = estimator.estimate(run.theta, run.particles[name], key, taken)
     clipped = tree.map(lambda g: jnp.clip(g, -0.1, 0.1), gradient)  # P2: else nothing is learned
-    loss = row["loss"]  # the outer problem has no other (P2 appendix F.4)
-    updates, opt_state = outer.update(
+    loss = row["loss"]  # told as both losses (P2 appendix F.4)
+    changes, opt_state = outer.update(
         clipped, run.opt_state, run.theta, loss=loss, valid_loss=loss)
     rate = 1 / (1 + run.step / settings.decay_steps)  # most is learned early
     if settings.outer_optimizer:
         rate = 1.0  # it slows down by itself
-    theta = tree.map(lambda x, change: x + rate * change, run.theta, updates)
+    theta = tree.map(lambda x, change: x + rate * change, run.theta, changes)
     later = 2 / (run.step + 2)  # weights 1, 2, 3, ...: the noise of single steps averages out
     if settings.averaging == "last":
         later = 1.0

@@ -39,8 +39,8 @@ def relative_time(horizon, t):
 
 
 def unit_weights(learned):
-    """The same with a theta in which all weights of layers are of size 1: so noise on theta and
-    steps of theta move what a layer puts out as little in a wide layer as in a narrow one."""
+    """The same with a theta in which all weights of layers are of size 1, so that noise and outer
+    steps change what a wide layer puts out no more than a narrow one's."""
     def scaled(theta, power):
         names = [f"{name[:-2]}/w" for name in theta if name.endswith("/b") and name != "step/b"]
         return theta | {name: theta[name] * len(theta[name]) ** power for name in names}
@@ -57,9 +57,9 @@ def anchored_step(pace, steered_by=()):
     d and a are linear in the last hidden layer and the features, so that a weight decay or another
     momentum is learned in a few steps. What the layer adds to d has mean zero, and what d reads
     directly is odd: to push a whole tensor one way kills ReLU units, which costs much later and is
-    seen in no derivative. Hence the limit of 1, too. pace(theta, seen): [tensors]. What functions
-    of what is seen, `steered_by`, give for each tensor, [F, tensors], steers its step: it adds to a
-    and, within +-1, to the weights of what d reads.
+    seen in no derivative. Hence the limit of 1, too. pace(theta, seen): [tensors]. `steered_by` are
+    functions of what is seen -> [F, tensors]: linear in them, each tensor adds to its a and, within
+    +-1, to the weights of what its d reads.
     """
     def change(theta, hidden, features, odd, seen):
         w = theta("step/w", (len(hidden[0]), 2))
@@ -102,8 +102,8 @@ def paces(horizon, theta, seen):
     """What anchored steps of each tensor are multiplied by, [tensors].
 
     Weights (two dimensions or more) of more than 32 inputs step shorter, at first in proportion
-    (muP, Yang et al. 2021). Biases, beside weights, have a pace of their own, kept from backprop: a
-    few long ones push ReLUs below zero for good, a jump that it can't see. A training of more than
+    (muP, Yang et al. 2021). Biases, beside weights, have a pace of their own, kept from backprop (a
+    few long steps push ReLUs below zero for good, a jump it can't see). A training of more than
     HORIZON steps takes shorter ones, like horizon^(-3/4); after the horizon they fall like 1 / t^2.
     """
     weights = np.array([len(shape) > 1 for shape in seen.shapes])
@@ -164,15 +164,19 @@ def ours(paper, horizon, without, steered_by=()):
     if "paces" in without:
         pace = lambda theta, seen: jnp.ones(len(seen.shapes))
     steered_by = [f for f in steered_by if not {"steering", f.__name__} & {*without}]
-    exchanged = {  # what each addition changes in the papers' form
-        "anchored_step": dict(step=anchored_step(pace, steered_by)),
-        "generalisation_gap": dict(gap=generalisation_gap),
-        "signal_to_noise": dict(lstm_inputs=(functools.partial(signal_to_noise, unit=10.0),)),
-        "orthogonal_momentum": dict(mlp_inputs=(orthogonal_momentum,)),
-        "relative_time": dict(time=functools.partial(relative_time, horizon), valid_decay=0.8)}
     form = Form(bound=5.0)
-    for name, change in exchanged.items():
-        form = form if name in without else form._replace(**change)
+    if "anchored_step" not in without:
+        form = form._replace(step=anchored_step(pace, steered_by))
+    if "generalisation_gap" not in without:
+        form = form._replace(gap=generalisation_gap)
+    if "signal_to_noise" not in without:
+        signals = functools.partial(signal_to_noise, unit=10.0)
+        form = form._replace(lstm_inputs=(*form.lstm_inputs, signals))
+    if "orthogonal_momentum" not in without:
+        form = form._replace(mlp_inputs=(*form.mlp_inputs, orthogonal_momentum))
+    if "relative_time" not in without:
+        time = functools.partial(relative_time, horizon)
+        form = form._replace(time=time, valid_decay=0.8)
     found = paper(form=form)
     return found if "unit_weights" in without else unit_weights(found)
 
@@ -181,8 +185,8 @@ def ours(paper, horizon, without, steered_by=()):
 
 @functools.cache
 def per_parameter_mlp(units=32, layers=1, rms=True, horizon=HORIZON, without=()):
-    """P1's optimizer, told of g^2 and with what of ours an MLP alone can use. `horizon`: the steps
-    that a training takes."""
+    """P1's optimizer, told of g^2, with our step, paces, time and unit weights. `horizon`: the
+    steps that a training takes."""
     return ours(functools.partial(p1, units, layers, rms), horizon, without)
 
 

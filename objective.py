@@ -16,8 +16,9 @@ BIASES = 2.0 ** -np.arange(5)  # of the step size of biases, likewise
 
 
 class OuterLoss(NamedTuple):
-    """What a loss counts for theta: at most `cap`, as of loss(l, l_0, t / T, b) after inner step t
-    of T, in a task that began at l_0, where Adam's best loss is b l_0 (0 if that isn't known)."""
+    """What a loss counts for theta: loss(l, l_0, t / T, b), or `cap` where that is more or not
+    finite; l is the loss after inner step t of T, l_0 that before the first, b l_0 Adam's best
+    (b = 0 if it isn't known)."""
     loss: Callable
     cap: float
 
@@ -43,7 +44,7 @@ def end_root(loss, start, progress, best):
     return 10 * progress ** 4 * ((root - best) / (1 - best))
 
 
-# The last is capped where the loss is ten times the start, at the end.
+# end_root is capped where the loss is ten times the start, at the end.
 OUTER_LOSSES = {"mean": OuterLoss(mean, 10.0), "normalised": OuterLoss(normalised, 10.0),
                 "end_root": OuterLoss(end_root, 10 * 10 ** 0.5)}
 

@@ -19,7 +19,7 @@ class Optimizer(NamedTuple):
 # ---------------------------------------------------------------- what all of them promise
 
 def careful(init, update):
-    """The Optimizer of a rule that may count on float32 tensors, a gradient for each, and losses
+    """The Optimizer of a rule that only ever meets float32 tensors, a gradient for each, and losses
     that are float32 scalars, NaN where there is none.
 
     Parameters may be of any real floating-point type, and none at all. Updates have their types; a
@@ -195,7 +195,7 @@ class Record(NamedTuple):
     told: jax.Array     # the last loss, as it was told
     count: jax.Array    # of losses
     latest: jax.Array   # [2], the last two, `bounded`
-    noise: jax.Array    # variance of a loss, by second differences: a steady rise is none
+    noise: jax.Array    # variance of a loss, by second differences: a steady rise has none
     mean: jax.Array     # running mean of the losses, the newest counting half
     first: jax.Array    # the first loss
     best: jax.Array     # the lowest mean

@@ -19,7 +19,7 @@ from tensors import by_shape, each, in_order, mean, per_tensor, row, sizes
 
 
 class LearnedOptimizer(NamedTuple):
-    """Those below are made once for the same arguments, so that what is compiled is found again."""
+    """What makes one is cached: jit finds its programs by the identity of these functions."""
     init: Callable       # init(key) -> theta, a flat dict of float32 arrays
     optimizer: Callable  # optimizer(theta) -> Optimizer
 
@@ -34,8 +34,8 @@ def learned(init_state, update):
     """The LearnedOptimizer of init_state(theta, shapes) -> state and update(theta, g, w, shapes,
     state, losses) -> (change [n], state); of gradients g [n] and parameters w [n] of all tensors.
 
-    They ask for a meta-parameter where they need it: theta(name, shape, spread, middle), at first
-    normal (cut off at +-2) of that scale. So `init` finds out what there is by trying them.
+    To them theta is a function: theta(name, shape, spread, middle) is a meta-parameter, at first
+    middle + spread times a normal cut off at +-2. `init` runs them once to see what they ask for.
     """
     def optimizer(theta):
         def look_up(name, *_):
@@ -122,7 +122,7 @@ class Seen(NamedTuple):
     m: jax.Array        # [5, n], running averages of g
     v: jax.Array        # [5, n], of g^2
     t: jax.Array        # steps done
-    time: jax.Array     # as features of it are told, see `Form`
+    time: jax.Array     # form.time(t), for features of it
     shapes: list        # of the tensors
     losses: Any = None  # [2 or more], how both losses compare with the recent training loss (P2)
     h: Any = None       # [lstm, tensors], what each tensor's LSTM makes of it (P2)

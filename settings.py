@@ -57,13 +57,13 @@ def flag(default, why):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Every field is a flag: of a type for argparse, or from what there is to choose from. Where
-    nothing is said a recipe counts, then what is left out, then what suits an estimator."""
-    recipe: tuple(RECIPES) = flag("ours", "whose system: all that follows, where nothing is said")
+    """Every field is a flag; its annotation is a type for argparse, or the choices. Where nothing
+    is said a recipe counts, then what is left out, then what suits an estimator."""
+    recipe: tuple(RECIPES) = flag("ours", "whose system: it sets all flags that you don't")
     without: some_of(ADDITIONS) = flag(
-        (), "additions to leave out, by name, or all, not the recipe's; their flags still count")
+        (), "additions to leave out, by name, or all, in the recipe's place; flags still count")
     tasks: FAMILIES = flag(("mlp",), "families, joined by commas, or all")
-    num_tasks: SOME = flag(0, "tasks of each, against tuned Adam (0: ever new)")
+    num_tasks: SOME = flag(0, "size of a fixed pool, Adam tuned on it (0: ever new)")
     few: number(float, 0, 1) = flag(0.0, "share of tasks with few examples to learn from")
     optimizer: tuple(model.LEARNED) = flag("hierarchical", "what to meta-train")
     estimator: ESTIMATORS = flag("truncated_backprop", "of the meta-gradient")
@@ -75,19 +75,19 @@ class Settings:
     save_seconds: POSITIVE = flag(30.0, "time between two saves")
     seed: SEED = flag(0, "of theta, tasks and noise")
     horizon: STEPS = flag(model.HORIZON, "T, inner steps of an episode")
-    truncation: STEPS = flag(model.HORIZON, "K, inner steps of one unroll; no bias if K = T")
+    truncation: STEPS = flag(model.HORIZON, "K, inner steps of an unroll; none is cut off if K = T")
     shortest: STEPS = flag(10 ** 7, "K at first, if that is less; it grows to --truncation")
     growing: COUNT = flag(1000, "outer steps in which it grows")
     jitter: number(float, 0, 0.9) = flag(0.0, "each K is drawn, within this share of it")
-    num_pairs: number(int, 1, 10 ** 5) = flag(2, "N, antithetic pairs (single ones without noise)")
+    num_pairs: number(int, 1, 10 ** 5) = flag(2, "N, antithetic pairs (single ones if sigma is 0)")
     sigma: number(float, 0) = flag(0.0, "deviation of the noise on theta; 0 for backprop alone")
-    adjoint: POSITIVE = flag(1.0, "largest norm of what backprop sends from step to step")
+    adjoint: POSITIVE = flag(1.0, "largest norm of what goes back, step by step, on parameters")
     clip: POSITIVE = flag(0.3, "largest norm of one pair's pathwise gradient")
     learning_rate: number(float, 1e-30, 1e9) = flag(6e-3, "of the outer Adam at its start")
     b1: number(float, 0, 0.999) = flag(0.9, "of the outer Adam, the decay of its momentum")
     warmup: COUNT = flag(10, "outer steps in which its rate rises")
     decay_steps: POSITIVE = flag(32.0, "outer steps that halve that rate; then like 1 / step")
-    averaging: ("later", "last") = flag("later", "of theta; the later ones count more, or all")
+    averaging: ("later", "last") = flag("later", "of theta: the later count more, or the last only")
     begin: str = flag("", "theta.npz of the same optimizer, to go on from")
     outer_optimizer: str = flag("", "theta.npz of a learned optimizer in the outer Adam's place")
     fit: SOME = flag(128, "tasks of each family that fit the step size at the end (0: none)")

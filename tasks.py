@@ -22,7 +22,7 @@ VALID_EVERY = 10  # inner steps from one inner_valid batch to the next (P2 appen
 
 
 class TaskFamily(NamedTuple):
-    """Those below are made once for the same arguments, so that what is compiled is found again."""
+    """What makes one is cached: jit finds its programs by the identity of these functions."""
     name: str
     sample: Callable  # sample(key) -> task, a pytree of arrays
     init: Callable    # init(task, key) -> params, a pytree of float32 arrays
@@ -68,7 +68,7 @@ def inner_step(family, optimizer, task, inner, key):
     return Inner(params, opt_state, inner.step + 1)
 
 
-FEW = {"train": 1.0, "inner_valid": 0.1}  # where examples are few; of letters, how many for one
+FEW = {"train": 1.0, "inner_valid": 0.1}  # where examples can be few; how many for one to train on
 FRACTION = log_uniform(0.005, 1.0)
 
 
@@ -92,7 +92,7 @@ LETTERS = dict(
     input_scale=SCALE,
     input_noise=NOISE,  # standard deviation, fresh in every batch; ink is 1, paper 0
     label_noise=NOISE)  # share of training examples that are filed under a wrong class for good
-STRIDE = 5  # has no divisor with 24 or 504 in common
+STRIDE = 5  # has no divisor in common with 24 or 504, examples of a letter
 CLASSES = 10  # letters of a task
 
 
@@ -126,10 +126,10 @@ def letter_tasks(pool, max_batch, ranges):
 
     def batch(task, key, split):
         u = random.uniform(key, (3, max_batch))
-        y, n = (u[::2] * np.float32([[CLASSES], [len(noise)]])).astype(int)
-        example = pick(task, split, u[1])
+        y, example = (u[0] * CLASSES).astype(int), pick(task, split, u[1])
         x = images[split][task["classes"][y], example]
-        x = (x + task["input_noise"] * noise[n]) * task["input_scale"]
+        blur = noise[(u[2] * len(noise)).astype(int)]
+        x = (x + task["input_noise"] * blur) * task["input_scale"]
         if split == "train":
             mislabelled = luck[y, example] < task["label_noise"]
             y = jnp.where(mislabelled, (y + wrong[y, example]) % CLASSES, y)

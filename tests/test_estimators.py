@@ -12,6 +12,7 @@ import machine
 import meta_train
 from estimators import InnerProblem
 from experiments import descend
+from settings import ESTIMATORS as NAMES
 
 # A linear state, s <- A s + B theta from theta[:2], and the loss |s|^2 / 2 + C s.
 # Noise on theta leaves the gradient of the mean loss as it is, so one closed form serves all
@@ -21,7 +22,6 @@ B = np.float32([[1.0, 0.5, 0.0], [0.0, -0.5, 1.0]])
 C = np.float32([0.3, -0.2])
 THETA = {"a": jnp.float32([0.4, -0.7]), "b": jnp.float32(0.5)}
 T, SIGMA, KEY = 8, 0.1, jax.random.key
-NAMES = "truncated_backprop", "es", "merged", "pes", "combined"
 EVERY = ("truncated_backprop", 0.0), *((name, SIGMA) for name in NAMES)
 LIMITS = dict(cap=4.7, clip=3.5)
 
