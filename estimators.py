@@ -53,10 +53,11 @@ class Particles(NamedTuple):
 
 
 def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma, cap=10.0,
-              clip=jnp.inf, floor=1e-30):
+              clip=jnp.inf, floor=1e-30, drawn=False):
     """The formula above; ValueError for what can't work. `weight`: w is 0, 1, or from the "sample"
     itself (P1), or "running", from earlier ones, see `weights`; `floor` is added to variances.
     `history`: whether earlier truncations are kept, and so each sign lives its own trajectory.
+    `drawn`: whether `lengths` will be told.
 
     A loss that is not finite, or not below `cap`, counts as `cap`. Each pair's rp is scaled to a
     norm of at most `clip`, dropped if not finite. What w rp explains of dL tells nothing of the
@@ -64,7 +65,7 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
     """
     check(weight, num_pairs, truncation, horizon, sigma)
     unroll = make_unroll(problem, truncation, cap)
-    signs = np.float32([1, -1] if sigma else [0])
+    signs, whole = np.float32([1, -1] if sigma else [0]), not (drawn or horizon % truncation)
 
     def init(theta, key):
         size = flat(theta)[0].size
@@ -73,7 +74,7 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         xi = jnp.zeros((num_pairs, size if history else 1), jnp.float32)
         none = jnp.zeros(size, jnp.float32)
         variances = (none, none, jnp.int32(0)) if weight == "running" else ()
-        unit = 1 if horizon % truncation else truncation  # or unrolls would be cut short
+        unit = truncation if whole else 1
         phases = horizon // unit * np.arange(num_pairs) // num_pairs  # evenly spread
         return Particles(state, xi, jnp.int32(horizon + unit * phases), variances)
 
@@ -86,7 +87,7 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         ends = t >= horizon
         t, xi = jnp.where(ends, t - horizon, t), jnp.where(ends[:, None], 0, xi)
         taken = jnp.minimum(truncation if lengths is None else lengths, horizon - t)
-        told = None if lengths is None and horizon % truncation == 0 else taken
+        told = None if whole and lengths is None else taken
         pair = functools.partial(run_pair, unroll, unravel, signs, weight != 0, clip)
         rows = state, ends, told, eps, keys[:, 1]
         L, rp, state, counts = machine.over_devices(pair, num_pairs)(theta, rows)
@@ -127,7 +128,7 @@ def check(weight, num_pairs, truncation, horizon, sigma):
         raise ValueError(f"num_pairs must be at least {1 + (weight in MERGING)}, not {num_pairs}")
     if not (1e-15 < sigma < 1e15 or sigma == 0 and weight == 1):
         raise ValueError(f"sigma must be positive (0 for backprop alone), not {sigma}")
-    if not 1 <= truncation <= horizon < 2 ** 31:
+    if not 1 <= truncation <= horizon < 2 ** 30:
         raise ValueError(f"the truncation ({truncation}) must be at most the horizon ({horizon})")
 
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -410,6 +411,8 @@ def main():
         for file in (target, o.json or target):
             if not Path(file).parent.is_dir() or Path(file).is_dir():
                 raise ValueError(f"{file} must be a file in a folder that is there.")
+            if os.path.realpath(file) in map(os.path.realpath, (o.theta, o.data or o.theta)):
+                raise ValueError(f"{file} is what is read: choose another file to write to.")
         if o.horizon % EVERY:
             raise ValueError(f"--horizon must be a multiple of {EVERY}, not {o.horizon}.")
         if name == "data":
@@ -439,8 +442,11 @@ def main():
     print(f"a step takes {slower:.2f} times as long as Adam's ({1e6 * step['learned'][0]:.0f} us), "
           f"so in seconds it is {faster:.2f} times as fast; its state is {larger:.1f} times Adam's")
     try:
-        if o.json:
+        if o.json and Path(o.json).exists() and not Path(o.json).is_file():  # a pipe
             Path(o.json).write_text(json.dumps(result, indent=2))
+        elif o.json:
+            with machine.whole(o.json) as partial:
+                Path(partial).write_text(json.dumps(result, indent=2))
         compare_picture(target, curves)
     except (OSError, ValueError) as error:  # a ValueError is matplotlib's
         parser.error(f"The comparison is done, but could not be written: {error}.")

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -151,21 +152,22 @@ def lengths(settings, step, key):
 
 def make_outer(settings):
     """-> (start(key) -> Run, {family: outer step(run, key)}), jitted, with the pairs shared out."""
-    learned, each = make_learned(settings), {}
-    begin = begun(settings)
+    learned, begin, each = make_learned(settings), begun(settings), {}
+    outer = model.adam(settings.learning_rate, settings.b1, warmup=settings.warmup)
+    if settings.outer_optimizer:
+        mover, its_theta = model.load(settings.outer_optimizer, settings.outer_steps)
+        outer = mover.optimizer(its_theta)
     cap = objective.OUTER_LOSSES[settings.outer_loss].cap
     longest = round(settings.truncation * (1 + settings.jitter))
+    drawn = settings.jitter > 0 or settings.shortest < settings.truncation
     for name in settings.tasks:
         family = make_family(settings, name)
         pool = objective.make_pool(family, settings.num_tasks, settings.horizon, settings.target)
         problem = inner_problem(settings, family, learned, pool)
         each[name] = getattr(estimators, settings.estimator)(
             problem, num_pairs=settings.num_pairs, truncation=min(longest, settings.horizon),
-            horizon=settings.horizon, sigma=settings.sigma, cap=cap, clip=settings.clip)
-    outer = model.adam(settings.learning_rate, settings.b1, warmup=settings.warmup)
-    if settings.outer_optimizer:
-        mover, its_theta = model.load(settings.outer_optimizer, settings.outer_steps)
-        outer = mover.optimizer(its_theta)
+            horizon=settings.horizon, sigma=settings.sigma, cap=cap, clip=settings.clip,
+            drawn=drawn)
 
     def start(key):
         theta_key, particle_key = random.split(key)
@@ -281,6 +283,9 @@ def save(settings, folder, run, rows):
     """checkpoint.npz to go on from, theta.npz for use, log.csv and curves.png to look at -> Run, in
     numpy arrays. The first process writes what all have, so that a run can go on with others."""
     run = machine.gathered(run)
+    if not all(np.isfinite(x).all() for x in run.average.values()):
+        raise ValueError(f"Theta is not finite any more. What {folder} holds is from before: begin "
+                         "anew with a lower --learning-rate.")
     if jax.process_index():
         return run
     arrays = {f"leaf{i:04}": x for i, x in enumerate(tree.leaves(run))}
@@ -330,7 +335,8 @@ def parse(parser):
     add("--coordinator", default="", help="HOST:PORT of process 0, if several share them; or auto")
     add("--processes", type=COUNT, help="how many there are")
     add("--process", type=int, help="which one this is, from 0")
-    add("--wait", type=POSITIVE, default=300.0, help="seconds until a silent peer is lost")
+    add("--wait", type=number(float, 1e-30, 10 ** 6), default=300.0,
+        help="seconds until a silent peer is lost")
     flags, arrays = parser.parse_args(), None
     known = {field.name for field in dataclasses.fields(Settings)}
     chosen = {name: x for name, x in vars(flags).items() if name in known}
@@ -409,6 +415,11 @@ def run_all(settings, folder, arrays, flags, deadline):
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+        there = folder / "checkpoint.npz"
+        if there.exists() != bool(arrays) or arrays and (
+                machine.read_npz(there)["log"] != arrays["log"]):
+            raise ValueError(f"Another run has written to {folder} meanwhile: --resume {folder}, "
+                             "or choose another --out.")
     run, rows = start(random.key(settings.seed)), []
     if arrays:
         run, rows = restore(folder, arrays, run), json.loads(str(arrays["log"]))
@@ -431,6 +442,10 @@ def main():
         print(f"stopped; go on with --resume {folder}" if saved else "stopped; nothing was saved")
     except BlockingIOError:
         parser.error(f"Another run is at work in {folder}: wait for it, or choose another folder.")
+    except jax.errors.JaxRuntimeError as error:
+        if not re.search("out of memory|resource_exhausted", str(error), re.I):
+            raise
+        parser.error("Out of memory: choose fewer --num-pairs, or a lower --truncation.")
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

@@ -210,6 +210,13 @@ def known(name, **arguments):
     return {k: x for k, x in arguments.items() if k in taken}
 
 
+def made(name, **arguments):
+    """The one LearnedOptimizer of these arguments, with defaults told or not, in any order."""
+    signature = inspect.signature(LEARNED[name])
+    told = signature.bind(**arguments).arguments.items()
+    return LEARNED[name](**{k: x for k, x in told if x != signature.parameters[k].default})
+
+
 # ---------------------------------------------------------------- on disk
 
 def save(path, name, theta, **facts):
@@ -229,9 +236,9 @@ def load(path, horizon=None):
     arguments = {k: tuple(x) if isinstance(x, list) else x for k, x in facts["sizes"].items()}
     told = {} if horizon is None else {"horizon": steps_of(horizon)}
     try:
-        found = LEARNED[name](**arguments | known(name, **told))
+        found = made(name, **arguments | known(name, **told))
         wanted = jax.eval_shape(found.init, random.key(0))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         raise ValueError(f"{path} holds an optimizer this version doesn't know: {facts}.") from None
     alike = theta.keys() == wanted.keys() and all(
         (x.shape, x.dtype) == (wanted[k].shape, wanted[k].dtype) and np.isfinite(x).all()

@@ -122,4 +122,4 @@ def make_family(settings, name):
 
 
 def make_learned(settings):
-    return model.LEARNED[settings.optimizer](**arguments(settings))
+    return model.made(settings.optimizer, **arguments(settings))

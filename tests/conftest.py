@@ -1,6 +1,5 @@
 """Strict mode: no silent broadcasting between ranks, and no random key used twice. And two
 processes share the files, since a test keeps little more than one core busy."""
-import itertools
 import json
 import os
 import subprocess
@@ -47,18 +46,21 @@ def pytest_runtestloop(session):
     """This process and a second one take files, long ones first, until none is left; what became of
     the second's tests is reported here as if they had run here."""
     config, option = session.config, session.config.option
-    files = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
-    files.sort(key=lambda items: -items[0].path.stat().st_size)
+    files = {}
+    for item in session.items:
+        files.setdefault(item.path, []).append(item)
+    files = [files[path] for path in sorted(files, key=lambda path: -path.stat().st_size)]
     if FOLDER in os.environ:
         take(session, files, Path(os.environ[FOLDER]))
         return True
-    if len(files) == 1 or option.collectonly or option.usepdb or session.testsfailed:
+    if len(files) < 2 or option.collectonly or option.usepdb or session.testsfailed:
         return None  # pytest's own loop
     with tempfile.TemporaryDirectory() as folder:
         reports = Path(folder) / "reports"
         reports.touch()
         second = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *map(str, config.invocation_params.args)],
+            [sys.executable, "-m", "pytest", *map(str, config.invocation_params.args),
+             f"--basetemp={folder}/temporary"],
             cwd=config.invocation_params.dir, env=os.environ | {FOLDER: folder},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         try:

@@ -202,7 +202,7 @@ def test_what_is_said_counts_then_the_recipe_then_what_is_left_out_then_what_sui
     assert wanted.items() <= vars(meta_train.parse(argparse.ArgumentParser())[0]).items()
 
 
-def test_a_run_can_begin_with_an_optimizer_that_is_there(toys, small):
+def test_a_run_can_begin_with_an_optimizer_that_is_there(toys, small, tmp_path):
     settings = dataclasses.replace(SETTINGS, begin=str(small / "theta.npz"))
     run = make_outer(settings)[0](random.key(5))
     _, theta = model.load(settings.begin)
@@ -212,6 +212,8 @@ def test_a_run_can_begin_with_an_optimizer_that_is_there(toys, small):
         with pytest.raises(ValueError, match="another kind"):
             make_outer(dataclasses.replace(settings, **other))
     make_outer(dataclasses.replace(settings, **shipped))
+    model.save(tmp_path / "bare.npz", "per_parameter_mlp", theta)  # of an unknown horizon
+    make_outer(dataclasses.replace(settings, begin=str(tmp_path / "bare.npz")))
 
 
 def test_few_examples_reach_learning_and_the_fit(toys, monkeypatch):
@@ -283,13 +285,27 @@ def test_a_run_that_only_explodes_stops_and_leaves_the_last_good_save(toys, tmp_
     monkeypatch.setattr(meta_train, "PATIENCE", 20)
     interrupted(monkeypatch, lambda run: run._replace(
         theta=tree.map(lambda x: x * (jnp.nan if run.step >= 3 else 1), run.theta)))
-    (begin, steps), rows = meta_train.make_outer(SETTINGS), []
-    settings = dataclasses.replace(SETTINGS, save_seconds=1e-9)
-    with pytest.raises(ValueError, match="20 outer steps in a row"):
-        meta_train.train(settings, tmp_path, begin(random.key(0)), rows, steps)
-    assert [row["capped"] for row in rows] == [0] * 3 + [40] * 20
-    assert steps_logged(tmp_path) == [1, 2, 3] and outer_steps_done(tmp_path) == 3
-    assert all(np.isfinite(x).all() for x in model.load(tmp_path / "theta.npz")[1].values())
+    begin, steps = meta_train.make_outer(SETTINGS)
+    for most, why in ((100, "20 outer steps in a row"), (9, "not finite any more")):
+        rows, settings = [], dataclasses.replace(SETTINGS, save_seconds=1e-9, outer_steps=most)
+        with pytest.raises(ValueError, match=why):
+            meta_train.train(settings, tmp_path, begin(random.key(0)), rows, steps)
+        assert [row["capped"] for row in rows] == ([0] * 3 + [40] * 20)[:most]
+        assert steps_logged(tmp_path) == [1, 2, 3] and outer_steps_done(tmp_path) == 3
+        assert all(np.isfinite(x).all() for x in model.load(tmp_path / "theta.npz")[1].values())
+
+
+def test_a_folder_that_another_run_has_filled_meanwhile_is_left_alone(
+        small, toys, tmp_path, monkeypatch, capsys):
+    def slow(settings):
+        shutil.copytree(small, tmp_path / "run")
+        return make_outer(settings)
+
+    monkeypatch.setattr(meta_train, "make_outer", slow)
+    said = refused("meta_train", [*TINY, "--devices", 2, "--out", tmp_path / "run"],
+                   monkeypatch, capsys)
+    assert "Another run has written" in said
+    assert log_of(tmp_path / "run") == log_of(small)
 
 
 WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tasks=; --fit -1;
@@ -304,7 +320,7 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --resume damaged; --resume foreign; --resume stranger; --resume=; --resume small --seed 4;
     --resume less; --resume former; --learning-rate inf;
     --resume small --estimator es; --resume small --out other;
-    --devices 0; --devices two; --wait 0; --processes 2; --process 0; --coordinator here;
+    --devices 0; --devices two; --wait 0; --wait inf; --processes 2; --process 0; --coordinator here;
     --coordinator here:80;
     --coordinator here:there --processes 2 --process 0; --coordinator here:80 --processes 2;
     --coordinator here:80 --processes 2 --process 2;
@@ -321,7 +337,8 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     theta.npz --net rnn; theta.npz --net conv; theta.npz theta.npz;
     theta.npz --data other.npz --family mlp;
     theta.npz --picture no/such/folder/picture.png;
-    theta.npz --picture empty; theta.npz --json no/such/folder/table.json""",
+    theta.npz --picture empty; theta.npz --json no/such/folder/table.json;
+    theta.npz --json theta.npz""",
          "experiments": f"""nothing; landscape --seed x; landscape --theta theta.npz;
     landscape --out file/x; landscape --seed -1; landscape --seed {10 ** 20};
     regularisation --theta missing.npz; wall-clock --theta foreign.npz;
@@ -437,7 +454,8 @@ def test_outer_steps_follow_adam_or_a_learned_optimizer_on_the_clipped_gradient(
     plain, cap = getattr(estimators, name), objective.OUTER_LOSSES["end_root"].cap
     def telling(*problem, **options):  # the gradient itself, not its norm alone
         assert options == dict(
-            num_pairs=2, truncation=20, horizon=20, sigma=0.01, clip=0.3, cap=cap)
+            num_pairs=2, truncation=20, horizon=20, sigma=0.01, clip=0.3, cap=cap,
+            drawn=name == "merged")
         init, estimate = plain(*problem, **options)
         def told(*state):
             assert (state[3] is None) == (name != "merged")
