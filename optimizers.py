@@ -206,28 +206,32 @@ class Record(NamedTuple):
 def remember(record, loss, params):
     """-> (the record with one more validation loss, whether it is time to go back to the best).
 
-    That is when the last two losses both lie above the best mean by 4.25 deviations of a loss and a
-    tenth of the first one: noise alone hardly ever does that, and one outlier never. A mean is a
+    That is when the last two losses both lie above the best mean by 4.25 deviations of a loss, plus
+    a tenth of the first one: noise alone hardly ever does that, and one outlier never. A mean is a
     new best only if it is lower than the best by a tenth of that and half a deviation: the lowest
     of many noisy means is luck, and with few examples it comes long after overfitting began.
     """
-    k, told = record.count, loss
-    sigma = jnp.sqrt(record.noise + 1e-30)
-    loss = bounded(loss, record.mean, 3 * (sigma + jnp.abs(record.first)))
-    mean = jnp.where(k > 0, 0.5 * (record.mean + loss), loss)
-    bend = (loss - 2 * record.latest[1] + record.latest[0]) ** 2 / 6
+    k, (before, last) = record.count, record.latest
+    limit = 3 * (jnp.sqrt(record.noise + 1e-30) + jnp.abs(record.first))
+    new = bounded(loss, record.mean, limit)
+    mean = jnp.where(k > 0, 0.5 * (record.mean + new), new)
+    first = jnp.where(k > 0, record.first, new)
+
+    bend = (new - 2 * last + before) ** 2 / 6  # of noise alone its mean is the variance
     noise = record.noise + (bend - record.noise) / jnp.clip(k - 1, 1, 100)
     noise = jnp.where(k > 1, noise, 0.0)
-    sigma, first = jnp.sqrt(noise), jnp.where(k > 0, record.first, loss)
+    sigma = jnp.sqrt(noise)
+
     lower = record.best - mean >= 0.5 * sigma + 0.1 * jnp.abs(record.best)
     better = (k == 0) | lower
     best = jnp.where(better, mean, record.best)
-    kept = tree.map(lambda new, old: jnp.where(better, new, old), params, record.params)
-    low = jnp.minimum(loss, record.latest[1])
+    kept = tree.map(lambda now, then: jnp.where(better, now, then), params, record.params)
+
+    low = jnp.minimum(new, last)
     back = (k > 2) & (low - best > 4.25 * sigma + 0.1 * jnp.abs(first))
-    mean = jnp.where(back, best, mean)
-    latest = jnp.where(back, best, jnp.stack([record.latest[1], loss]))
-    return Record(told, k + 1, latest, noise, mean, first, best, kept, record.returns + back), back
+    mean = jnp.where(back, best, mean)  # it begins anew
+    latest = jnp.where(back, best, jnp.stack([last, new]))
+    return Record(loss, k + 1, latest, noise, mean, first, best, kept, record.returns + back), back
 
 
 def bounded(loss, center, limit):
