@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax import random, tree
 
-import data
 import evaluate
 import machine
 import model
@@ -81,19 +80,20 @@ def test_channels_may_come_first():
     assert "12 x 13 x 3 inputs (channels came first)" in own.understood(first).sentence
 
 
-def test_what_is_not_given_is_drawn_from_the_training_rows_and_no_row_is_in_two_splits():
+def test_what_is_not_given_is_drawn_from_the_training_rows_and_no_row_has_two_uses():
     arrays = my_data((1,), 200, np.float64)
     arrays["x_train"][:, 0] = np.arange(200)
     both = {name: a for name, a in arrays.items() if "train" in name}
     more = arrays | {"x_val": arrays["x_test"], "y_val": arrays["y_test"]}
     for given, sizes, words in (
-            (both, (144, 18, 18, 20), "20 (drawn from the training rows) to test"),
-            (renamed(x_train="X", y_train="labels")(both), (144, 18, 18, 20), "144 rows"),
-            (arrays, (160, 20, 20, 20), "20 (given) to test"),
-            (more, (200, 10, 10, 20), "20 (given) to validate")):
+            (both, (144, 36, 20), "20 (drawn from the training rows) to test"),
+            (renamed(x_train="X", y_train="labels")(both), (144, 36, 20), "144 rows"),
+            (arrays, (160, 40, 20), "20 (given) to test"),
+            (more, (200, 20, 20), "20 (given) to validate")):
         found = own.understood(given)
-        rows = [found.arrays["rows"][split] for split in data.SPLITS]
+        rows = [found.arrays["rows"][split] for split in ("train", "inner_valid", "test")]
         assert tuple(map(len, rows)) == sizes and words in found.sentence
+        assert (found.arrays["rows"]["outer_valid"] == rows[1]).all()
         assert sorted(np.concatenate(rows)) == list(range(sum(sizes)))
         seen = found.arrays["x"][rows[0]]
         np.testing.assert_allclose([seen.mean(), seen.std()], [0, 1], atol=1e-5)
