@@ -405,7 +405,7 @@ def wall_clock(seed, path):
     costs = evaluate.costs(family, optimizers | {"learned": learned.optimizer(theta)}, 20)
     for name, c in compare(family, learned, theta, 4, HORIZON, seed).items():
         tests = evaluate.tuned(c[..., 1], evaluate.final_loss)  # [starts, points]
-        x = costs[name][0] * EVERY * np.arange(tests.shape[1])
+        x = np.float32(costs[name][0] * EVERY) * np.arange(tests.shape[1], dtype=np.float32)
         yield "test loss of a conv net against seconds", name, x, tests
 
 
@@ -464,9 +464,9 @@ def main():
             print("panel,line,x,y", file=table)
             for panel, line, x, y in experiment(*given):
                 print(panel, line, x, y, flush=True)
-                new = [(panel, line, *point) for point in np.broadcast(x, y)]
-                np.savetxt(table, new, '"%s","%s",%s,%s')
-                rows += new
+                for point in np.broadcast(x, y):
+                    rows.append((panel, line, *point))
+                    print('"%s","%s",%s,%.6g' % rows[-1], file=table)
         evaluate.picture(f"{o.out}/{o.name}.png", rows, LOOKS.get(experiment, {}))
     except (OSError, ValueError) as error:
         parser.error(str(error))
