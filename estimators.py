@@ -56,8 +56,7 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
               clip=jnp.inf, floor=1e-30, drawn=False):
     """The formula above; ValueError for what can't work. `weight`: w is 0, 1, or from the "sample"
     itself (P1), or "running", from earlier ones, see `weights`; `floor` is added to variances.
-    `history`: whether earlier truncations are kept, and so each sign lives its own trajectory.
-    `drawn`: whether `lengths` will be told.
+    `history`: earlier truncations are kept, each sign has its own state; `drawn`: lengths are told.
 
     A loss that is not finite, or not below `cap`, counts as `cap`. Each pair's rp is scaled to a
     norm of at most `clip`, dropped if not finite. What w rp explains of dL tells nothing of the

@@ -295,6 +295,16 @@ def test_a_run_that_only_explodes_stops_and_leaves_the_last_good_save(toys, tmp_
         assert all(np.isfinite(x).all() for x in model.load(tmp_path / "theta.npz")[1].values())
 
 
+def test_too_little_memory_is_told_and_no_other_error_is_taken_for_it(monkeypatch, capsys):
+    for words, told in (("RESOURCE_EXHAUSTED: Out of memory", True), ("INTERNAL: a bug", False)):
+        def fail(*_):
+            raise jax.errors.JaxRuntimeError(words)
+        monkeypatch.setattr(meta_train, "run_all", fail)
+        with pytest.raises(SystemExit if told else jax.errors.JaxRuntimeError):
+            main()
+        assert ("choose fewer --num-pairs" in capsys.readouterr().err) == told
+
+
 def test_a_folder_that_another_run_has_filled_meanwhile_is_left_alone(
         small, toys, tmp_path, monkeypatch, capsys):
     def slow(settings):
@@ -320,7 +330,8 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --resume damaged; --resume foreign; --resume stranger; --resume=; --resume small --seed 4;
     --resume less; --resume former; --learning-rate inf;
     --resume small --estimator es; --resume small --out other;
-    --devices 0; --devices two; --wait 0; --wait inf; --processes 2; --process 0; --coordinator here;
+    --devices 0; --devices two; --wait 0; --wait inf; --processes 2; --process 0;
+    --coordinator here;
     --coordinator here:80;
     --coordinator here:there --processes 2 --process 0; --coordinator here:80 --processes 2;
     --coordinator here:80 --processes 2 --process 2;
