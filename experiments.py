@@ -411,16 +411,21 @@ def wall_clock(seed, path):
 
 def own_data(seed, path, families):
     """Eight starts of a small net on each of your own files; the baselines at the best of ten rates
-    for each start. Test losses over their start, at least 0.02; geometric means over starts."""
+    for each start and, at the end, at the one that is best for all. Test losses over their start,
+    at least 0.02; geometric means over starts."""
+    def over_starts(losses):  # [starts, ..., points]
+        return np.exp(np.log(np.maximum(losses / losses[..., :1], 0.02)).mean(0))
+
     baselines = {name: evaluate.BASELINES[name] for name in ("Adam + cosine", "Muon + cosine")}
     ends = []
     for name, family in families.items():
         curves = compare(family, *model.load(path, HORIZON), 8, HORIZON, seed, baselines)
         for line, c in curves.items():
-            tests = evaluate.tuned(c[..., 1], evaluate.final_loss)  # [starts, points]
-            y = np.exp(np.log(np.maximum(tests / tests[:, :1], 0.02)).mean(0))
+            y = over_starts(evaluate.tuned(c[..., 1], evaluate.final_loss))
             yield f"{name}: test loss", line, EVERY * np.arange(len(y)), y
             ends.append((line, name, y[-1]))
+            if line in baselines:
+                ends.append((f"{line}, one rate", name, np.nanmin(over_starts(c[..., 1])[:, -1])))
     adam = {name: end for line, name, end in ends if line == "Adam + cosine"}
     for line, name, end in ends:
         yield "final test loss / that of Adam + cosine", line, name, end / adam[name]

@@ -3,6 +3,7 @@ import csv
 import sys
 
 import numpy as np
+import pytest
 
 import experiments
 
@@ -31,13 +32,17 @@ def test_the_command_writes_a_picture_and_a_table(tmp_path, monkeypatch):
 
 
 def test_own_files_are_judged_by_their_ends(monkeypatch):
-    def curves(*ends):  # [2 starts, 2 rates, 2 points, 2 splits], the second rate diverging
-        start = np.float32([2, 4])
-        losses = np.stack([start, start * np.float32(ends)], 1)
-        return np.stack([losses, losses * [1, 7]], 1)[..., None] * np.float32([np.nan, 1])
+    def curves(*ends):  # [2 starts, rates, 2 points, 2 splits], from each start's ends per rate
+        start = np.float32([[2], [4]])
+        losses = np.stack([start + np.zeros_like(ends), start * np.float32(ends)], 2)
+        return losses[..., None] * np.float32([np.nan, 1])
 
-    found = {"Adam + cosine": curves(0.4, 0.2), "learned": curves(0.1, 0.001)[:, :1]}
+    found = {"Adam + cosine": curves((0.4, np.nan, 2.8), (0.2, 0.1, 0.1)),
+             "learned": curves([0.1], [0.001])}
     monkeypatch.setattr(experiments, "compare", lambda *how: found)
     monkeypatch.setattr(experiments.model, "load", lambda *how: (None, None))
-    *_, last = experiments.own_data(0, "", {"mine": None})
-    np.testing.assert_allclose(last[3], ((0.1 / 0.4) * (0.02 / 0.2)) ** 0.5, rtol=1e-6)
+    rows = experiments.own_data(0, "", {"mine": None})
+    tuned = 0.4 * 0.1
+    expected = {"Adam + cosine": 1, "Adam + cosine, one rate": (0.4 * 0.2 / tuned) ** 0.5,
+                "learned": (0.1 * 0.02 / tuned) ** 0.5}
+    assert {line: y for _, line, x, y in rows if isinstance(x, str)} == pytest.approx(expected)
