@@ -247,7 +247,7 @@ def ratios(count, seed, runs, clock, *how, **common):
     for line, x, settings, run in progress(seed, runs, clock, *how, **common):
         y, share = against_adam(
             evaluate.mean_loss, tasks.mlp("held_out"), meta_train.make_learned(settings),
-            meta_train.fitted(settings, run.average), count, settings.horizon, seed)
+            meta_train.handed_out(settings, run), count, settings.horizon, seed)
         yield f"outer loss against {clock}", line, x, run.smoothed["mlp"]
         yield f"mean test loss / tuned Adam's against {clock}", line, x, y
         yield f"share of tasks where it is lower against {clock}", line, x, share
@@ -256,7 +256,7 @@ def ratios(count, seed, runs, clock, *how, **common):
 def race(seed):
     """The default optimizer, learned with each estimator, each as it suits that. Three hours."""
     cases = {name: dict(estimator=name) for name in ESTIMATORS}
-    return ratios(32, seed, 3, "seconds", (60, 120, 240, 480), cases, fit=32)
+    return ratios(32, seed, 3, "seconds", (60, 120, 240, 480), cases)
 
 
 def ablation(seed):
@@ -265,11 +265,9 @@ def ablation(seed):
              "1,200 steps": (tasks.mlp("held_out"), 3 * HORIZON, 16),
              "wide_and_deep": (kinds.wide_and_deep(), HORIZON, 4),
              "200 images": (letters(seed, 200), HORIZON, 16)}
-    cases = {"(all)": dict(fit=32)}
-    for name in ADDITIONS:
-        cases[name] = {"without": (name,), "fit": 32 * (name != "fit")}
+    cases = {"(all)": {}} | {name: {"without": (name,)} for name in ADDITIONS}
     for name, _, settings, run in progress(seed, 3, "steps", [40], cases):
-        theta = meta_train.fitted(settings, run.average)
+        theta = meta_train.handed_out(settings, run)
         for panel, (family, horizon, count) in looks.items():
             learned = meta_train.make_learned(replace(settings, horizon=horizon))
             y, _ = against_adam(
@@ -282,14 +280,14 @@ def architectures(seed):
     the default. 40 minutes."""
     names = "component_lstm", "per_parameter_mlp", "p1", "p2"
     cases = {name: dict(optimizer=name, without=ADDITIONS) for name in names}
-    cases |= {"ours": dict(fit=32)}
+    cases |= {"ours": {}}
     return ratios(32, seed, 3, "seconds", (60, 120, 180), cases)
 
 
 def num_tasks(seed):
     """How many tasks to learn from before it is good on others (P2 figure 2b). 15 minutes."""
     cases = {f"{n} tasks": dict(num_tasks=n) for n in (1, 4, 16, 64, 256)}
-    return ratios(64, seed, 2, "steps", (24, 48, 96), cases, fit=32)
+    return ratios(64, seed, 2, "steps", (24, 48, 96), cases)
 
 
 def letters(seed, images=500, **sizes):

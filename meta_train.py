@@ -34,7 +34,7 @@ from evaluate import number
 from settings import (
     COUNT, POSITIVE, Settings, arguments, make_family, make_learned, whole_settings)
 
-FREE = "outer_steps", "minutes", "decay_steps", "fit", "compare"  # a resumed run can have others
+FREE = "outer_steps", "minutes", "decay_steps", "caution", "compare"  # may change in a resumed run
 PATIENCE = 100  # outer steps in a row that may come to nothing
 
 
@@ -291,7 +291,9 @@ def save(settings, folder, run, rows):
     arrays = {f"leaf{i:04}": x for i, x in enumerate(tree.leaves(run))}
     about = {"settings": json.dumps(dataclasses.asdict(settings)), "log": json.dumps(rows)}
     machine.write_npz(folder / "checkpoint.npz", arrays | about)
-    save_theta(dataclasses.replace(settings, fit=0), folder, run)  # it isn't fitted yet
+    theta = handed_out(settings, run)
+    model.save(folder / "theta.npz", settings.optimizer, theta, sizes=arguments(settings),
+               outer_steps_done=int(run.step), **dataclasses.asdict(settings))
     with machine.whole(folder / "log.csv") as partial, open(partial, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0] if rows else ["step"])
         writer.writeheader()
@@ -303,9 +305,13 @@ def save(settings, folder, run, rows):
     return run
 
 
-def save_theta(settings, folder, run):
-    model.save(folder / "theta.npz", settings.optimizer, run.average, sizes=arguments(settings),
-               outer_steps_done=int(run.step), **dataclasses.asdict(settings))
+def handed_out(settings, run):
+    """The average of theta; anchored steps are shorter than what was learned, for where a task is
+    not like those, too long a step does more harm than too short a one."""
+    theta = run.average
+    if "log_lr" not in theta:
+        return theta
+    return theta | {"log_lr": theta["log_lr"] + np.float32(np.log(settings.caution))}
 
 
 def restore(folder, arrays, fresh):
@@ -371,28 +377,12 @@ def check_processes(flags):
                          "same for all, and each another --process from 0 to P - 1, or auto alone.")
 
 
-def fitted(settings, theta):
-    """Theta with the step size that `fit` tasks favour, where there is one to fit."""
-    if not settings.fit or "log_bias" not in theta:
-        return theta
-    count = settings.num_tasks + settings.fit
-    keys = random.split(random.key(2 ** 31 + settings.seed), count)[settings.num_tasks:]
-    families = [make_family(settings, name) for name in settings.tasks]
-    return objective.fit_step_size(
-        make_learned(settings), theta, families, keys, settings.horizon, settings.target,
-        objective.OUTER_LOSSES[settings.outer_loss])
-
-
 def finish(settings, folder, run):
-    """The fit of the step size; then tables, on screen and in table.json, and pictures."""
-    learned, results = make_learned(settings), {}
-    theta = fitted(settings, run.average)
-    if theta is not run.average:
-        run = run._replace(average=theta)
-        save_theta(settings, folder, run)  # the checkpoint keeps the average to go on from
+    """Tables, on screen and in table.json, and pictures: of held-out tasks."""
+    learned, theta, results = make_learned(settings), handed_out(settings, run), {}
     for name in settings.tasks:
         family = tasks.FAMILIES[name]("held_out")
-        curves = evaluate.compare(family, learned, run.average, settings.compare, settings.horizon)
+        curves = evaluate.compare(family, learned, theta, settings.compare, settings.horizon)
         results[name] = evaluate.summary(curves)
         evaluate.print_summary(name, results[name])
         evaluate.compare_picture(folder / f"comparison-{name}.png", curves)

@@ -10,7 +10,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax, random, tree
+from jax import random, tree
 
 import machine
 from optimizers import (  # noqa: F401
@@ -102,13 +102,12 @@ def paces(horizon, theta, seen):
     """What anchored steps of each tensor are multiplied by, [tensors].
 
     Weights (two dimensions or more) of more than 32 inputs step shorter, at first in proportion
-    (muP, Yang et al. 2021). Biases, beside weights, have a pace of their own, kept from backprop (a
-    few long steps push ReLUs below zero for good, a jump it can't see). A training of more than
-    HORIZON steps takes shorter ones, like horizon^(-3/4); after the horizon they fall like 1 / t^2.
+    (muP, Yang et al. 2021). Biases, beside weights, step a quarter as far: a few long steps push
+    ReLUs below zero for good, a jump that backprop can't see. A training of more than HORIZON steps
+    takes shorter ones, like horizon^(-3/4); after the horizon they fall like 1 / t^2.
     """
     weights = np.array([len(shape) > 1 for shape in seen.shapes])
-    log_bias = lax.stop_gradient(theta("log_bias", ()))
-    bias = jnp.exp(log_bias) if weights.any() else 1.0
+    bias = 0.25 if weights.any() else 1.0
     longer = min(HORIZON / horizon, 1) ** 0.75
     over = jnp.maximum(seen.t / horizon, 1) ** 2
     power = theta("width_power", (), 0.0, 1.0)

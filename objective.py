@@ -1,4 +1,4 @@
-"""What theta is learned for: the outer loss; and two step sizes that are fitted to it by trial."""
+"""What theta is learned for: the outer loss, of tasks that never end or of a fixed pool."""
 import functools
 from typing import Callable, NamedTuple
 
@@ -11,8 +11,6 @@ import evaluate
 import model
 
 TARGETS = {"valid": "outer_valid", "train": "train"}  # where the outer loss's batches come from
-MULTIPLES = 2.0 ** np.linspace(-1.5, 0.5, 5)  # of the step size, tried by `fit_step_size`
-BIASES = 2.0 ** -np.arange(5)  # of the step size of biases, likewise
 
 
 class OuterLoss(NamedTuple):
@@ -73,43 +71,3 @@ def make_pool(family, count, horizon, target):
     losses = curves[..., 1] / curves[..., :1, 1]
     sampled = jax.vmap(lambda key: random.split(key, 4)[0])(keys)  # as in `evaluate.run`
     return sampled, jnp.minimum(np.nanmin(losses, (1, 2)), 0.8)
-
-
-def lowest(multiples, values):
-    """Where the mean over tasks of values [tasks, multiples] is least."""
-    return multiples[values.mean(0).argmin()]
-
-
-def safest(multiples, values):
-    """The smallest multiple whose values [tasks, multiples] can't be told from those at the lowest
-    mean: the mean difference is at most two of its standard errors."""
-    worse = values - values[:, [values.mean(0).argmin()]]
-    error = worse.std(0) / len(values) ** 0.5
-    return multiples[(worse.mean(0) <= 2 * error).argmax()]
-
-
-def fit_step_size(learned, theta, families, keys, horizon, target, outer_loss):
-    """Theta with the steps of biases, then all, multiplied by what makes the outer loss least.
-
-    Along the step size, backprop's slope was seen to disagree with finite differences. Two numbers
-    need no gradient: five multiples of each are tried on the tasks of keys [n], of each TaskFamily.
-    Of all steps' the safest is taken, see `safest`. Theta needs log_bias and log_lr.
-    """
-    def fitted(theta, entry, multiples, choose):
-        variants = tree.map(lambda x: jnp.stack([x] * len(multiples)), theta)
-        variants[entry] += jnp.log(jnp.float32(multiples))
-        runs = [evaluate.runs(watched(family, target), learned.optimizer, variants, keys, horizon)
-                for family in families]
-        losses = np.concatenate([run["curves"] for run in runs])[..., 1]
-        progress = np.linspace(0, 1, losses.shape[2])[None, None, 1:]
-        values = outer_loss.loss(losses[..., 1:], losses[..., :1], progress, 0.0)
-        values = np.fmin(values, outer_loss.cap).mean(2)  # [tasks, multiples]; NaN is the cap
-        losses = f"{values.mean(0).round(4)} at {multiples.round(2)} x"
-        print(f"{entry}: outer loss {losses}", flush=True)
-        multiple = choose(multiples, values)
-        return theta | {entry: theta[entry] + jnp.float32(np.log(multiple))}, multiple
-
-    theta, bias = fitted(theta, "log_bias", BIASES, lowest)
-    theta, every = fitted(theta, "log_lr", MULTIPLES, safest)
-    print(f"steps of biases multiplied by {bias:.3g}, then all by {every:.3g}")
-    return theta

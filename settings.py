@@ -34,7 +34,8 @@ FAMILIES = some_of(tasks.FAMILIES)
 LEFT_OUT = {  # additions of this project to the training, and what leaves them out
     "bounded_adjoint": dict(adjoint=np.inf, clip=np.inf),
     "falling_rate": dict(warmup=1, decay_steps=np.inf),
-    "averaging": dict(averaging="last"), "end_root": dict(outer_loss="mean"), "fit": dict(fit=0)}
+    "averaging": dict(averaging="last"), "end_root": dict(outer_loss="mean"),
+    "caution": dict(caution=1.0)}
 ADDITIONS = (*model.ADDITIONS, *LEFT_OUT)
 SUITED = {  # to each estimator: long unrolls, since each earlier truncation adds its noise
     "es": dict(sigma=0.01, outer_steps=800, decay_steps=200.0),
@@ -88,9 +89,9 @@ class Settings:
     warmup: COUNT = flag(10, "outer steps in which its rate rises")
     decay_steps: POSITIVE = flag(32.0, "outer steps that halve that rate; then like 1 / step")
     averaging: ("later", "last") = flag("later", "of theta: the later count more, or the last only")
+    caution: number(float, 1e-3, 1e3) = flag(0.7, "anchored steps handed out, over those learned")
     begin: str = flag("", "theta.npz of the same optimizer, to go on from")
     outer_optimizer: str = flag("", "theta.npz of a learned optimizer in the outer Adam's place")
-    fit: SOME = flag(128, "tasks of each family that fit the step size at the end (0: none)")
     compare: number(int, 4, 10 ** 5) = flag(64, "held-out tasks of each, compared at the end")
 
 

@@ -121,37 +121,6 @@ def test_the_bootstrap_against_the_binomial_distribution():
     np.testing.assert_allclose(evaluate.bootstrap(np.arange(400) < 300), interval, atol=0.006)
 
 
-def test_the_safest_is_the_smallest_that_cannot_be_told_from_the_lowest():
-    """Here 1 is; 0.5 is worse by 0.1 with a deviation of 0.9: by 1.1 standard errors of 100 tasks,
-    by 2.2 of 400. That tasks differ in all alike makes nothing uncertain."""
-    multiples, worse = np.float64([0.25, 0.5, 1, 2]), np.float64([[1, 1, 0, 3], [1, -0.8, 0, 3]])
-    for n, wanted in ((100, 0.5), (400, 1)):
-        values = np.tile(worse, (n // 2, 1)) + 100 * np.arange(n)[:, None]
-        assert objective.safest(multiples, values) == wanted
-    assert objective.safest(multiples, -multiples[None]) == 2
-
-
-@pytest.mark.parametrize("target, split", [("valid", "outer_valid"), ("train", "train")])
-def test_the_fit_tries_multiples_and_never_looks_at_the_test_split(target, split, monkeypatch):
-    tried, key, theta = [], random.key(1), rates().init(random.key(0))
-    def curves(family, make_optimizer, variants, keys, horizon):
-        seen, wanted = family.batch((), key, "test"), bowl().batch((), key, split)
-        np.testing.assert_array_equal(seen, wanted)
-        tried.append([np.asarray(variants[name] - theta[name]) for name in ("log_bias", "log_lr")])
-        later = 1 + (tried[-1][0] + 1.5) ** 2 + (tried[-1][1] + 0.2) ** 2
-        later[-1] = np.nan  # counts as the cap
-        losses = np.stack([np.ones(5), later, later], -1)
-        return {"curves": np.broadcast_to(losses[None, :, :, None], (len(keys), 5, 3, 2))}
-    monkeypatch.setattr(evaluate, "runs", curves)
-    fitted = objective.fit_step_size(rates(), theta, [bowl()] * 2, random.split(key, 4), 40, target,
-                                    objective.OUTER_LOSSES["end_root"])
-    quarter = np.log(0.25)  # the nearest to -1.5 of the five
-    np.testing.assert_allclose(tried[0], [-np.log(2) * np.arange(5), np.zeros(5)], atol=1e-5)
-    np.testing.assert_allclose(tried[2], [[quarter] * 5, np.log(objective.MULTIPLES)], atol=1e-5)
-    found = [fitted[name] - theta[name] for name in ("log_bias", "log_lr")]
-    np.testing.assert_allclose(found, [quarter, -0.5 * np.log(2)], atol=1e-5)  # and to -0.2
-
-
 def test_the_command_writes_table_and_picture(theta, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setitem(tasks.FAMILIES, "mlp", {"held_out": bowl()}.get)  # no other pool
     one_baseline(monkeypatch)

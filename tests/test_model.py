@@ -160,7 +160,7 @@ def step(T, anchored, h, x, adam, pace, steer):
 
 def pace(T, t, horizon, v, shapes):
     """Of a tensor whose average of g^2 is v, in its shape."""
-    bias = np.exp(T["log_bias"]) if any(len(other) > 1 for other in shapes) else 1
+    bias = 0.25 if any(len(other) > 1 for other in shapes) else 1
     inputs = sum(v[i].max(initial=0) > 0 for i in np.ndindex(v.shape[:-1]))
     own = min(1, 32 / max(inputs, 1)) ** T["width_power"] if v.ndim > 1 else bias
     return own * min(400 / horizon, 1) ** 0.75 / max(t / horizon, 1) ** 2
@@ -307,7 +307,7 @@ def hierarchical(T, on, horizon, grads, path, losses):
             cues += [*signal, rest] if signals else []
             steer = cues @ T["steer"] if "steer" in T else np.zeros(1 + len(odd))
             paces = (T, t, horizon, v[3].reshape(shape), shapes.values())
-            slow = pace(*paces) if "log_bias" in T else 1
+            slow = pace(*paces) if "width_power" in T else 1
             updates[k] = step(T, "anchored_step" in on, hidden, features, adams[1], slow, steer)
         context = np.mean(told, 0)
         yield updates
@@ -409,7 +409,7 @@ def test_a_fresh_optimizer_is_adam_but_for_paces(learned):
     with jax.debug_key_reuse(True):
         theta = jax.jit(learned.init)(jax.random.key(0))
     assert 0.75 < np.std(theta["mlp0/w"]) < 1 and 1.8 < np.abs(theta["mlp0/w"]).max() < 2
-    theta |= {"log_bias": np.float32(-2)} | {k: np.float32(20) for k in theta if "multiple" in k}
+    theta |= {k: np.float32(20) for k in theta if "multiple" in k}
 
     def rule(gs, w):
         return adam(gs, w) * pace(theta, len(gs), 5, total(gs ** 2, 0.999), SHAPES.values())
@@ -437,7 +437,7 @@ def test_any_structure_vmap_and_grad():
     for x, y in zip(jax.tree.leaves(updates), plain.values()):
         close(x[0], y, 1e-4)
     np.testing.assert_allclose(slope["log_lr"], (up - down) / 0.02, rtol=2e-2)
-    assert all(np.isfinite(x).all() for x in slope.values()) and not slope["log_bias"].any()
+    assert all(np.isfinite(x).all() for x in slope.values())
 
 
 def steps(path, horizon):
