@@ -31,8 +31,7 @@ import model
 import objective
 import tasks
 from evaluate import number
-from settings import (
-    COUNT, POSITIVE, Settings, arguments, make_family, make_learned, whole_settings)
+from settings import COUNT, Settings, arguments, make_family, make_learned, whole_settings
 
 FREE = "outer_steps", "minutes", "decay_steps", "caution", "compare"  # may change in a resumed run
 PATIENCE = 100  # outer steps in a row that may come to nothing

@@ -1,11 +1,11 @@
-"""What theta is learned for: the outer loss, of tasks that never end or of a fixed pool."""
+"""What theta is learned for: the outer loss; and a fixed pool of tasks to learn from."""
 import functools
 from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import random, tree
+from jax import random
 
 import evaluate
 import model

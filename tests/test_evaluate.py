@@ -1,4 +1,4 @@
-"""The comparison's arithmetic by hand; what is fitted; the command line as a user meets it."""
+"""The comparison's arithmetic by hand; the command line as a user meets it."""
 import functools
 import json
 import sys
@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax import random
 
 import evaluate
@@ -15,7 +14,7 @@ import machine
 import model
 import objective
 import tasks
-from test_meta_train import bowl, one_baseline, rates, theta  # noqa: F401
+from test_meta_train import bowl, one_baseline, theta  # noqa: F401
 
 
 @functools.cache
