@@ -279,8 +279,7 @@ def architectures(seed):
     """The learned optimizers with nothing of ours, learned for the same time (P2 figure 2a), and
     the default. 40 minutes."""
     names = "component_lstm", "per_parameter_mlp", "p1", "p2"
-    cases = {name: dict(optimizer=name, without=ADDITIONS) for name in names}
-    cases |= {"ours": {}}
+    cases = {name: dict(optimizer=name, without=ADDITIONS) for name in names} | {"ours": {}}
     return ratios(32, seed, 3, "seconds", (60, 120, 180), cases)
 
 

@@ -40,7 +40,7 @@ PATIENCE = 100  # outer steps in a row that may come to nothing
 class Run(NamedTuple):
     """All that an outer step reads and writes; what a checkpoint holds."""
     theta: dict
-    average: dict    # of theta, later outer steps counting more: what is handed out
+    average: dict    # of theta, later outer steps counting more: see `handed_out`
     opt_state: Any
     particles: dict  # of each family
     step: jax.Array
@@ -199,7 +199,8 @@ def begun(settings):
     if learned is not make_learned(settings):  # each is made once, see LearnedOptimizer
         raise ValueError(f"{settings.begin} holds another kind of optimizer than what is to be "
                          "learned: choose its --optimizer and --without, or another file.")
-    return theta
+    shorter = model.about(settings.begin).get("caution", 1.0)
+    return with_steps(1 / shorter, theta)
 
 
 def updates(settings, run, outer_steps):
@@ -305,12 +306,16 @@ def save(settings, folder, run, rows):
 
 
 def handed_out(settings, run):
-    """The average of theta; anchored steps are shorter than what was learned, for where a task is
-    not like those, too long a step does more harm than too short a one."""
-    theta = run.average
+    """The average of theta, with shorter steps than what was learned: on a task that is not like
+    those, too long a step does more harm than too short a one."""
+    return with_steps(settings.caution, run.average)
+
+
+def with_steps(factor, theta):
+    """Theta with steps so many times as long, if they are anchored."""
     if "log_lr" not in theta:
         return theta
-    return theta | {"log_lr": theta["log_lr"] + np.float32(np.log(settings.caution))}
+    return theta | {"log_lr": theta["log_lr"] + np.float32(np.log(factor))}
 
 
 def restore(folder, arrays, fresh):

@@ -202,7 +202,8 @@ def test_a_run_can_begin_with_an_optimizer_that_is_there(toys, small, tmp_path):
     settings = dataclasses.replace(SETTINGS, begin=str(small / "theta.npz"))
     run = make_outer(settings)[0](random.key(5))
     _, theta = model.load(settings.begin)
-    assert tree.all(tree.map(np.array_equal, run.theta, theta)) and run.step == 0
+    theta["log_lr"] -= np.log(0.7)  # what is handed out steps shorter than what was learned
+    assert tree.all(tree.map(np.allclose, run.theta, theta)) and run.step == 0
     shipped = dict(optimizer="hierarchical", begin=evaluate.PRETRAINED)
     for other in (dict(optimizer="p1"), shipped | {"without": ("relative_time",)}):
         with pytest.raises(ValueError, match="another kind"):
