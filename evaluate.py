@@ -312,12 +312,12 @@ def print_summary(name, result):
 
 # ---------------------------------------------------------------- pictures
 
-def picture(path, rows, looks, own={}):
+def picture(path, rows, looks, special={}):
     """The only plotter of the program: rows (panel, line, x, y) as a picture in the file `path`.
 
     A line goes through the medians of the rows that share an x, their range is shaded; where x is a
-    word, a marker takes the line's place. looks: what axis.set is told of all panels; own: of the
-    panel of that name instead. ValueError for a kind of file that matplotlib can't write.
+    word, a marker takes the line's place. looks: what axis.set is told of all panels; special:
+    of the panel of that name instead. ValueError for a kind of file that matplotlib can't write.
     """
     panels = {}
     for panel, line, x, y in rows:
@@ -341,7 +341,7 @@ def picture(path, rows, looks, own={}):
             span(xs, low, high, color=color, alpha=0.3)
             width = 2.5 if line == "learned" else 1.2
             axis.plot(xs, middle, mark, color=color, lw=width, label=line)
-        axis.set(**{"title": panel} | looks | own.get(panel, {}))
+        axis.set(**{"title": panel} | looks | special.get(panel, {}))
         axis.legend(fontsize="small", framealpha=0.4)
     with machine.whole(path) as partial:
         figure.savefig(partial, format=Path(path).suffix[1:] or "png")

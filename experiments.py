@@ -306,8 +306,8 @@ def targets(seed):
     same, on few images (P1); beside Adam, at the rate that ends lowest. 6 minutes."""
     cases = {split: {"target": split} for split in objective.TARGETS}
     for split, _, settings, run in progress(seed, 3, "steps", [96], cases):
-        curves = compare(
-            letters(seed), meta_train.make_learned(settings), run.average, 8, HORIZON, seed, ADAM)
+        how = meta_train.make_learned(settings), meta_train.handed_out(settings, run)
+        curves = compare(letters(seed), *how, 8, HORIZON, seed, ADAM)
         names = {"learned": f"for {split}, seed {settings.seed}", "Adam": "Adam, tuned"}
         for name, c in curves.items():
             setting = c[:, :, -1, 1].mean(0).argmin()
