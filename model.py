@@ -197,7 +197,7 @@ def hierarchical(lstm=32, units=16, horizon=HORIZON, without=()):
     found = ours(paper, horizon, without, (lstm_time_losses, signal_to_noise))
     if "going_back" in without:
         return found
-    return LearnedOptimizer(found.init, lambda theta: going_back(found.optimizer(theta), horizon))
+    return LearnedOptimizer(found.init, lambda theta: going_back(found.optimizer(theta)))
 
 
 LEARNED = {f.__name__: f for f in (per_parameter_mlp, hierarchical, component_lstm, p1, p2)}

@@ -196,12 +196,11 @@ class Record(NamedTuple):
     count: jax.Array    # of losses
     latest: jax.Array   # [2], the last two, `bounded`
     noise: jax.Array    # variance of a loss, by second differences: a steady rise has none
-    mean: jax.Array     # running mean of the losses, the newest counting a fifth
+    mean: jax.Array     # running mean of the losses, the newest counting half
     first: jax.Array    # the first loss
     best: jax.Array     # the lowest mean
     params: Any         # where it was met
     returns: jax.Array  # how often those were gone back to
-    steps: jax.Array    # of training
 
 
 def remember(record, loss, params):
@@ -215,7 +214,7 @@ def remember(record, loss, params):
     k, (before, last) = record.count, record.latest
     limit = 3 * (jnp.sqrt(record.noise + 1e-30) + jnp.abs(record.first))
     new = bounded(loss, record.mean, limit)
-    mean = jnp.where(k > 0, record.mean + (new - record.mean) / 5, new)
+    mean = jnp.where(k > 0, 0.5 * (record.mean + new), new)
     first = jnp.where(k > 0, record.first, new)
 
     bend = (new - 2 * last + before) ** 2 / 6  # of noise alone its mean is the variance
@@ -232,9 +231,7 @@ def remember(record, loss, params):
     back = (k > 2) & (low - best > 4.25 * sigma + 0.1 * jnp.abs(first))
     mean = jnp.where(back, best, mean)  # it begins anew
     latest = jnp.where(back, best, jnp.stack([last, new]))
-    return record._replace(
-        told=loss, count=k + 1, latest=latest, noise=noise, mean=mean, first=first, best=best,
-        params=kept, returns=record.returns + back), back
+    return Record(loss, k + 1, latest, noise, mean, first, best, kept, record.returns + back), back
 
 
 def bounded(loss, center, limit):
@@ -249,13 +246,12 @@ def news(loss, count, last):
     return jnp.isfinite(loss) & ((count == 0) | (loss != last))
 
 
-def going_back(optimizer, horizon):
+def going_back(optimizer):
     """The optimizer, but once the validation loss has clearly risen, parameters go back to where it
-    was best, and hardly move any more. At the last of `horizon` steps less is enough: a mean that
-    is a fifth above the best, if that is below half of the first loss."""
+    was best, and hardly move any more."""
     def init(params):
         zero, none = jnp.float32(0), jnp.int32(0)
-        record = Record(zero, none, jnp.zeros(2), zero, zero, zero, zero, params, none, none)
+        record = Record(zero, none, jnp.zeros(2), zero, zero, zero, zero, params, none)
         return optimizer.init(params), record
 
     def update(grads, state, params, **losses):
@@ -266,14 +262,10 @@ def going_back(optimizer, horizon):
             news(loss, record.count, record.told),
             remember, lambda record, *_: (record, False),
             record, loss, params)
-        record = record._replace(steps=record.steps + 1)
-        risen = record.mean - record.best > 0.2 * jnp.abs(record.best)
-        halved = record.best < 0.5 * record.first
-        back |= (record.steps == horizon) & halved & risen
         brake = jnp.exp(-BRAKE * record.returns)
 
         def move(u, p, best):
-            return jnp.where(back, best - p, brake * u)
+            return brake * u + jnp.where(back, best - p, 0.0)
 
         return tree.map(move, updates, params, record.params), (inner, record)
 
