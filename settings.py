@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+import estimators
 import evaluate
 import model
 import objective
@@ -105,8 +106,9 @@ def whole_settings(chosen):
     settings = Settings(**others | wanted)
     if settings.horizon % evaluate.EVERY:
         raise ValueError(f"--horizon must be a multiple of {evaluate.EVERY}.")
-    if settings.truncation > settings.horizon:
-        raise ValueError("--truncation can't be more than --horizon.")
+    weight = getattr(estimators, settings.estimator).keywords["weight"]
+    estimators.check(weight, settings.num_pairs, settings.truncation, settings.horizon,
+                     settings.sigma)  # before Adam is tuned on a pool
     if settings.few and not tasks.OF_EXAMPLES & {*settings.tasks}:
         raise ValueError(f"--few is for {', '.join(sorted(tasks.OF_EXAMPLES))}: leave it out.")
     return settings

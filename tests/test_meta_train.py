@@ -315,7 +315,7 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --seed {10 ** 20};
     --outer-steps many; --outer-steps 0; --outer-steps {2 ** 31}; --minutes -1; --minutes nan;
     --horizon 30 --truncation 30; --truncation 401; --jitter 1; --shortest 0; --sigma -1;
-    --estimator pes --sigma 0; --num-pairs 0; --estimator merged --num-pairs 1; --compare 3;
+    --recipe p2 --sigma 0; --num-pairs 0; --estimator merged --num-pairs 1; --compare 3;
     --decay-steps nan;
     --out small; --out file; --out file/run; --out partial-small;
     --out /proc/run; --resume nowhere; --resume empty;
