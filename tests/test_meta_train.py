@@ -198,6 +198,13 @@ def test_what_is_said_counts_then_the_recipe_then_what_is_left_out_then_what_sui
     assert wanted.items() <= vars(meta_train.parse(argparse.ArgumentParser())[0]).items()
 
 
+@pytest.mark.parametrize("wrong", ["--sigma 0", "--truncation 500"])
+def test_what_an_estimator_cannot_take_is_refused_before_adam_is_tuned(wrong, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["meta_train.py", "--recipe", "p2", *wrong.split()])
+    with pytest.raises(ValueError, match="sigma must|truncation"):
+        meta_train.parse(argparse.ArgumentParser())
+
+
 def test_a_run_can_begin_with_an_optimizer_that_is_there(toys, small, tmp_path):
     settings = dataclasses.replace(SETTINGS, begin=str(small / "theta.npz"))
     run = make_outer(settings)[0](random.key(5))
@@ -315,7 +322,7 @@ WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tas
     --seed {10 ** 20};
     --outer-steps many; --outer-steps 0; --outer-steps {2 ** 31}; --minutes -1; --minutes nan;
     --horizon 30 --truncation 30; --truncation 401; --jitter 1; --shortest 0; --sigma -1;
-    --recipe p2 --sigma 0; --num-pairs 0; --estimator merged --num-pairs 1; --compare 3;
+    --estimator pes --sigma 0; --num-pairs 0; --estimator merged --num-pairs 1; --compare 3;
     --decay-steps nan;
     --out small; --out file; --out file/run; --out partial-small;
     --out /proc/run; --resume nowhere; --resume empty;
