@@ -128,7 +128,8 @@ def check(weight, num_pairs, truncation, horizon, sigma):
     if not (1e-15 < sigma < 1e15 or sigma == 0 and weight == 1):
         raise ValueError(f"sigma must be positive (0 for backprop alone), not {sigma}")
     if not 1 <= truncation <= horizon < 2 ** 30:
-        raise ValueError(f"the truncation ({truncation}) must be at most the horizon ({horizon})")
+        raise ValueError(f"the truncation ({truncation}) must be from 1 to the horizon "
+                         f"({horizon}), and that below 2^30")
 
 
 def run_pair(unroll, unravel, signs, differentiate, clip, theta, row):

@@ -135,9 +135,9 @@ def compared(family, learned, theta, num_tasks, horizon, seed=0, baselines=BASEL
             for kind in ("curves", "measured")]
 
 
-def compare(*how, **more):
+def compare(*how):
     """-> {name: [tasks, settings, points, 2]} of `compared`."""
-    return compared(*how, **more)[0]
+    return compared(*how)[0]
 
 
 # ---------------------------------------------------------------- what they amount to
@@ -267,7 +267,7 @@ def print_scores(table):
         print(f"{name:20}" + "".join(f"{cell:>28}" for cell in cells))
 
 
-def costs(family, optimizers, steps=50, turns=9):
+def costs(family, optimizers, steps=50):
     """{name: (seconds of an inner step, bytes of the state)}: medians of runs taken in turn."""
     key = random.key(0)
     task, runs, sizes = family.sample(key), [], []
@@ -282,7 +282,7 @@ def costs(family, optimizers, steps=50, turns=9):
         jax.block_until_ready(run())
         return time.perf_counter() - begin
 
-    times = [[seconds(run) for run in runs] for _ in range(1 + turns)]
+    times = [[seconds(run) for run in runs] for _ in range(10)]
     medians = np.median(times[1:], 0) / steps  # the first runs compiled
     return dict(zip(optimizers, zip(medians, sizes)))
 
@@ -401,6 +401,14 @@ def command_line():
     return parser
 
 
+def check_files(read, written):
+    for i, file in enumerate(written):
+        if not Path(file).parent.is_dir() or Path(file).is_dir():
+            raise ValueError(f"{file} must be a file in a folder that is there.")
+        if os.path.realpath(file) in map(os.path.realpath, (*read, *written[:i])):
+            raise ValueError(f"{file} is read or written already: choose another file to write to.")
+
+
 def main():
     begin, parser = time.time(), command_line()
     o = parser.parse_args()
@@ -408,11 +416,7 @@ def main():
     try:
         learned, theta = model.load(o.theta, o.horizon)
         target = o.picture or Path(o.theta).with_name(f"comparison-{name}.png")
-        for file in (target, o.json or target):
-            if not Path(file).parent.is_dir() or Path(file).is_dir():
-                raise ValueError(f"{file} must be a file in a folder that is there.")
-            if os.path.realpath(file) in map(os.path.realpath, (o.theta, o.data or o.theta)):
-                raise ValueError(f"{file} is what is read: choose another file to write to.")
+        check_files([x for x in (o.theta, o.data) if x], [x for x in (target, o.json) if x])
         if o.horizon % EVERY:
             raise ValueError(f"--horizon must be a multiple of {EVERY}, not {o.horizon}.")
         if name == "data":
@@ -426,7 +430,7 @@ def main():
             family = kinds.KINDS[name]()
         else:
             family = tasks.FAMILIES[name]("held_out")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"{o.theta}: {model.about(o.theta)}")
     curves, measured = compared(

@@ -242,9 +242,9 @@ def against_adam(value, *how):
     return np.exp(np.log(np.minimum(mine / adam, 10)).mean()), (mine < adam).mean()
 
 
-def ratios(count, seed, runs, clock, *how, **common):
+def ratios(count, seed, runs, clock, looks, cases):
     """Rows of `progress`: the outer loss; and `against_adam` on `count` held-out tasks."""
-    for line, x, settings, run in progress(seed, runs, clock, *how, **common):
+    for line, x, settings, run in progress(seed, runs, clock, looks, cases):
         y, share = against_adam(
             evaluate.mean_loss, tasks.mlp("held_out"), meta_train.make_learned(settings),
             meta_train.handed_out(settings, run), count, settings.horizon, seed)
@@ -310,7 +310,7 @@ def targets(seed):
         curves = compare(letters(seed), *how, 8, HORIZON, seed, ADAM)
         names = {"learned": f"for {split}, seed {settings.seed}", "Adam": "Adam, tuned"}
         for name, c in curves.items():
-            setting = c[:, :, -1, 1].mean(0).argmin()
+            setting = evaluate.figures(c[..., 1], evaluate.final_loss).mean(0).argmin()
             train, test = np.median(c[:, setting], 0).T
             yield "test loss against training loss", names[name], train, test
 
@@ -468,7 +468,7 @@ def main():
                 print(panel, line, x, y, flush=True)
                 for point in np.broadcast(x, y):
                     rows.append((panel, line, *point))
-                    print('"%s","%s",%s,%.6g' % rows[-1], file=table)
+                    print('"%s","%s","%s",%.6g' % rows[-1], file=table)
         evaluate.picture(f"{o.out}/{o.name}.png", rows, LOOKS.get(experiment, {}))
     except (OSError, ValueError) as error:
         parser.error(str(error))

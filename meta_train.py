@@ -40,7 +40,7 @@ PATIENCE = 100  # outer steps in a row that may come to nothing
 class Run(NamedTuple):
     """All that an outer step reads and writes; what a checkpoint holds."""
     theta: dict
-    average: dict    # of theta, later outer steps counting more: see `handed_out`
+    average: dict    # of theta, later outer steps counting more
     opt_state: Any
     particles: dict  # of each family
     step: jax.Array
@@ -158,7 +158,7 @@ def make_outer(settings):
         outer = mover.optimizer(its_theta)
     cap = objective.OUTER_LOSSES[settings.outer_loss].cap
     longest = round(settings.truncation * (1 + settings.jitter))
-    drawn = settings.jitter > 0 or settings.shortest < settings.truncation
+    drawn = lengths(settings, jnp.int32(0), random.key(0)) is not None
     for name in settings.tasks:
         family = make_family(settings, name)
         pool = objective.make_pool(family, settings.num_tasks, settings.horizon, settings.target)
@@ -195,7 +195,7 @@ def begun(settings):
     """The theta to begin with, if it is in a file."""
     if not settings.begin:
         return None
-    learned, theta = model.load(settings.begin, settings.horizon)  # one theta serves all horizons
+    learned, theta = model.load(settings.begin, settings.horizon)
     if learned is not make_learned(settings):  # each is made once, see LearnedOptimizer
         raise ValueError(f"{settings.begin} holds another kind of optimizer than what is to be "
                          "learned: choose its --optimizer and --without, or another file.")
@@ -284,8 +284,8 @@ def save(settings, folder, run, rows):
     numpy arrays. The first process writes what all have, so that a run can go on with others."""
     run = machine.gathered(run)
     if not all(np.isfinite(x).all() for x in run.average.values()):
-        raise ValueError(f"Theta is not finite any more. What {folder} holds is from before: begin "
-                         "anew with a lower --learning-rate.")
+        raise FloatingPointError(f"Theta is not finite any more. What {folder} holds is from "
+                                 "before: begin anew with a lower --learning-rate.")
     if jax.process_index():
         return run
     arrays = {f"leaf{i:04}": x for i, x in enumerate(tree.leaves(run))}
@@ -439,8 +439,9 @@ def main():
     except jax.errors.JaxRuntimeError as error:
         if not re.search("out of memory|resource_exhausted", str(error), re.I):
             raise
-        parser.error("Out of memory: choose fewer --num-pairs, or a lower --truncation.")
-    except (OSError, ValueError) as error:
+        parser.error("Out of memory: choose fewer --num-pairs, or a lower --truncation or "
+                     "--compare.")
+    except (OSError, ValueError, FloatingPointError) as error:
         parser.error(str(error))
 
 

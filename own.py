@@ -39,7 +39,8 @@ WORDS = {"true": 1, "false": 0} | dict.fromkeys([*MISSING, "none"], np.nan)
 def column(cells):
     """Float64 where all are numbers (or missing: NaN), else text as it is."""
     try:
-        return np.array([float(WORDS.get(cell.strip().lower(), cell)) for cell in cells])
+        plain = (cell.replace("_", "x") for cell in cells)  # Python takes 1_1 for 11
+        return np.array([float(WORDS.get(cell.strip().lower(), cell)) for cell in plain])
     except ValueError:
         return np.array(cells)
 
@@ -76,7 +77,7 @@ def table(path, targets):
     arrays = {"a column without a name": columns.pop("")} if "" in columns else {}  # an index
     parts = columns.pop("split", np.array([""] * len(rows)))
     y = []
-    for name in targets or list(columns)[-1:]:
+    for name in targets or list(columns)[-1:] or [""]:
         require(name in columns and len(columns) > 1, f"{path} has no column {name} to predict, or "
                 f"none beside it: there are {', '.join(columns)}.")
         y.append(columns.pop(name))

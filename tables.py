@@ -36,7 +36,7 @@ RANGES = dict(
 
 
 class Numbers(NamedTuple):
-    """Standard normal, for each row."""
+    """Of each row; standard normal but for the last."""
     own: jax.Array   # [rows, inputs]
     both: jax.Array  # [rows, 4], what columns have in common
     luck: jax.Array  # [rows, CLASSES]

@@ -13,10 +13,10 @@ import numpy as np
 from jax import lax, nn, random, tree
 
 import data
+import tables
 from parts import (
     ACTIVATION, CORES, GATES, SCALE, chance, choice, cross_entropy, deep_net, dense, draw, first,
     hidden, log_uniform, masked, net_ranges, often_zero, padded, patches, size, through, uniform)
-from tables import table_tasks
 
 VALID_EVERY = 10  # inner steps from one inner_valid batch to the next (P2 appendix C.1)
 
@@ -166,10 +166,10 @@ def table(pool="meta_train"):
     Batch: see `table_tasks`. Loss: mean cross-entropy, in nats; where a target is to be told, half
     the squared error.
     """
-    sample, batch = table_tasks(pool)
+    sample, batch = tables.table_tasks(pool)
 
     def outputs(task):
-        return first(jnp.where(task["regression"], 1, task["classes"]), CLASSES)
+        return first(jnp.where(task["regression"], 1, task["classes"]), tables.CLASSES)
 
     def init(task, key):
         return deep_net(task, key, task["inputs"], outputs(task), 2)

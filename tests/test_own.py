@@ -291,7 +291,9 @@ UNUSABLE = [
     ("a,y\n" + "1,j\xe4\n2,j\xf6\n" * 20, "UTF-8"),
     ("1,2\n3,4\n", "names its columns"), ("", "names its columns"), ("a,b\n", "have rows"),
     ("a,a,b\n" + "1,2,3\n" * 20, "no two alike"), ("a,b,split\n" + "1,2,3\n" * 20, "x_train"),
-    ("a,b\n" + "1,2\n5%,3\n" * 10, "a holds text (5%)"), ("a\n1\n", "none beside it")]
+    ("a,b\n" + "1,2\n5%,3\n" * 10, "a holds text (5%)"), ("a\n1\n", "none beside it"),
+    ("a,b\n" + "1,2\n1_1,3\n" * 10, "a holds text (1_1)"),
+    ("split\n" + "train\n" * 20, "none beside")]
 
 
 def test_unusable_data_end_in_one_sentence(theta, tmp_path, monkeypatch, capsys):  # noqa: F811
