@@ -218,25 +218,45 @@ def made(name, **arguments):
 
 # ---------------------------------------------------------------- on disk
 
-def save(path, name, theta, **facts):
+def save(path, name, theta, longer={}, **facts):
     """Writes theta, the name (a key of LEARNED) and facts (JSON values) to an .npz file. The fact
-    `sizes` holds the arguments the optimizer was made with; the rest, what it learned from."""
-    about = json.dumps({"name": name, "sizes": {}, **facts})
-    arrays = {f"theta/{k}": np.asarray(x, np.float32) for k, x in theta.items()}
-    machine.write_npz(path, {"about": about, **arrays})
+    `sizes` holds the arguments the optimizer was made with; the rest, what it learned from. Of
+    `longer`, see `join`."""
+    arrays = {"about": json.dumps({"name": name, "sizes": {}, **facts})}
+    for prefix, arrays_of in ("theta/", theta), ("longer/", longer):
+        arrays |= {prefix + k: np.asarray(x, np.float32) for k, x in arrays_of.items()}
+    machine.write_npz(path, arrays)
+
+
+def join(path, shorter, longer):
+    """Writes one file of two that were learned for shorter and for longer trainings: for one of T
+    steps, `load` then gives what lies between them, by log T. ValueError if it can't be."""
+    facts, more, (other, far) = about(shorter), about(longer), load(longer)
+    first, longest = (x["sizes"].get("horizon", 0) for x in (facts, more))
+    alike = load(shorter, longest or None)[0] is other
+    alike = alike and facts.get("caution") == more.get("caution")
+    if not alike or not 0 < first < longest or "longest" in facts | more:
+        raise ValueError(f"{longer} must hold the same kind of optimizer as {shorter}, of the same "
+                         "--caution, learned for longer trainings.")
+    save(path, **facts | {"theta": load(shorter)[1], "longer": far, "longest": longest})
 
 
 def load(path, horizon=None):
     """-> (LearnedOptimizer, theta), for trainings of `horizon` steps (or as many as it knows).
     ValueError, with one sentence, if the file is not one that `save` wrote."""
     facts, arrays = about(path), machine.read_npz(path)
-    theta = {name[6:]: x for name, x in arrays.items() if name.startswith("theta/")}
     name = facts["name"]
     arguments = {k: tuple(x) if isinstance(x, list) else x for k, x in facts["sizes"].items()}
     told = {} if horizon is None else {"horizon": steps_of(horizon)}
     try:
-        found = made(name, **arguments | known(name, **told))
+        here = arguments | known(name, **told)
+        found = made(name, **here)
         wanted = jax.eval_shape(found.init, random.key(0))
+        theta = part(arrays, "theta/")
+        if "longest" in facts:
+            ends = np.log([arguments["horizon"], facts["longest"]])
+            share = float(np.interp(np.log(here["horizon"]), ends, (0, 1)))
+            theta = tree.map(lambda x, y: x + share * (y - x), theta, part(arrays, "longer/"))
     except (KeyError, TypeError, ValueError, ArithmeticError):
         raise ValueError(f"{path} holds an optimizer this version doesn't know: {facts}.") from None
     alike = theta.keys() == wanted.keys() and all(
@@ -246,6 +266,11 @@ def load(path, horizon=None):
         raise ValueError(f"{path} holds meta-parameters that do not fit a {name} of {arguments}, "
                          "or are not finite.")
     return found, tree.map(jnp.asarray, theta)
+
+
+def part(arrays, prefix):
+    """Those of the arrays whose names begin with it, without it."""
+    return {k.removeprefix(prefix): x for k, x in arrays.items() if k.startswith(prefix)}
 
 
 def about(path):

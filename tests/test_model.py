@@ -348,7 +348,7 @@ def test_p2_is_the_authors_own():
     """Their library's RNNMLPLOpt (google/learned_optimization, commit 32186aa) made these updates
     in 40 steps; it doesn't bound features, and validation losses don't count as steps here."""
     told = machine.read_npz(os.path.join(ROOT, "tests", "rnn_mlp_lopt.npz"))
-    theirs = {name[6:]: x for name, x in told.items() if name.startswith("theta/")}
+    theirs = model.part(told, "theta/")
     mlp = dict(g=1, w=1, log_w=1, m=5, v=5, relative=5, rsqrt=5, sines=11, tensors=1, norm=1,
                count=1, condition=17)
     rnn = dict(context=18, feedback=16, norm_g=1, scalar=1, m=1, sign_m=1, v=1, sign_v=1, w=1,
@@ -461,11 +461,13 @@ def steps(path, horizon):
     return np.concatenate([x.reshape(horizon + 1, -1) for x in path.values()], 1)
 
 
-@pytest.mark.parametrize("horizon, every", [(400, 50), (20, 10)])
-@pytest.mark.parametrize("name", ["pretrained", "pretrained_mlp"])
+@pytest.mark.parametrize("name, horizon, every", [
+    ("pretrained", 400, 50), ("pretrained", 20, 10), ("pretrained", 2000, 250),
+    ("pretrained_mlp", 400, 50), ("pretrained_mlp", 20, 10)])
 def test_a_shipped_optimizer_makes_the_steps_it_made(name, horizon, every):
     """steps.npz holds those of other programs, found by the function above with their model.py: of
-    commit 37cdf3d, and of 00ad88d, where pretrained.npz was learned, without unit_weights."""
+    commit 37cdf3d, of 00ad88d, where pretrained.npz was learned, without unit_weights, and, for
+    2,000 steps, of f149dc6 with the second theta in a file of its own."""
     wanted = machine.read_npz(os.path.join(ROOT, "tests", "steps.npz"))[f"{name}_{horizon}"]
     close(steps(os.path.join(ROOT, f"{name}.npz"), horizon)[every::every], wanted, 1e-5)
 
@@ -497,7 +499,34 @@ def test_save_and_load(tmp_path):
     for which, sizes, why in (("?", {}, "know"), (name, {"of": 1}, "know"),
                               (name, {"units": "a"}, "know"), (name, {}, "not fit")):
         writes.append((new(model.save, path, which, theta, sizes=sizes), why))
+    sizes, few = {"units": 4, "horizon": 400}, {"longer": {"log_lr": 0}, "longest": 2000}
+    writes.append((new(model.save, path, name, theta, sizes=sizes, **few), "know"))
     for write, why in writes:
         write()
         with pytest.raises(ValueError, match=why):
             model.load(path)
+
+
+def test_of_two_files_joined_what_is_loaded_is_told_how_long_a_training_is(tmp_path):
+    shorter, longer, both = [tmp_path / f"{name}.npz" for name in ("400", "2000", "both")]
+    learned, name = model.per_parameter_mlp(4), "per_parameter_mlp"
+    theta, _ = filled(learned)
+    far = jax.tree.map(lambda x: x + 1, theta)
+    model.save(shorter, name, theta, sizes={"units": 4, "horizon": 400}, steps=7)
+    model.save(longer, name, far, sizes={"units": 4, "horizon": 2000}, steps=8)
+    model.join(both, shorter, longer)
+    assert model.about(both) == model.about(shorter) | {"longest": 2000}
+    for horizon, share in ((None, 0), (20, 0), (400, 0), (800, np.log(2) / np.log(5)), (2000, 1),
+                           (10 ** 5, 1)):
+        loaded = model.load(both, horizon)[1]
+        assert theta.keys() == loaded.keys()
+        for k, x in theta.items():
+            close(loaded[k], x + share, 1e-6)
+    other, bare, cautious = [tmp_path / f"{name}.npz" for name in ("other", "bare", "cautious")]
+    model.save(other, name, theta, sizes={"units": 4, "rms": False, "horizon": 2000})
+    model.save(bare, name, theta, sizes={"units": 4})
+    model.save(cautious, name, far, sizes={"units": 4, "horizon": 2000}, caution=0.5)
+    for wrong in ((longer, shorter), (shorter, shorter), (shorter, other), (bare, longer),
+                  (both, longer), (shorter, cautious)):
+        with pytest.raises(ValueError, match="the same kind"):
+            model.join(both, *wrong)
