@@ -231,40 +231,43 @@ def save(path, name, theta, longer={}, **facts):
 def join(path, shorter, longer):
     """Writes one file of two that were learned for shorter and for longer trainings: for one of T
     steps, `load` then gives what lies between them, by log T. ValueError if it can't be."""
-    facts, more, (other, far) = about(shorter), about(longer), load(longer)
+    (_, theta), (other, far) = load(shorter), load(longer)
+    facts, more = about(shorter), about(longer)
     first, longest = (x["sizes"].get("horizon", 0) for x in (facts, more))
     alike = load(shorter, longest or None)[0] is other
     alike = alike and facts.get("caution") == more.get("caution")
     if not alike or not 0 < first < longest or "longest" in facts | more:
         raise ValueError(f"{longer} must hold the same kind of optimizer as {shorter}, of the same "
                          "--caution, learned for longer trainings.")
-    save(path, **facts | {"theta": load(shorter)[1], "longer": far, "longest": longest})
+    save(path, **facts | {"theta": theta, "longer": far, "longest": longest})
 
 
 def load(path, horizon=None):
     """-> (LearnedOptimizer, theta), for trainings of `horizon` steps (or as many as it knows).
     ValueError, with one sentence, if the file is not one that `save` wrote."""
     facts, arrays = about(path), machine.read_npz(path)
-    name = facts["name"]
+    name, thetas = facts["name"], [part(arrays, "theta/")]
     arguments = {k: tuple(x) if isinstance(x, list) else x for k, x in facts["sizes"].items()}
     told = {} if horizon is None else {"horizon": steps_of(horizon)}
     try:
         here = arguments | known(name, **told)
         found = made(name, **here)
         wanted = jax.eval_shape(found.init, random.key(0))
-        theta = part(arrays, "theta/")
         if "longest" in facts:
-            ends = np.log([arguments["horizon"], facts["longest"]])
+            thetas.append(part(arrays, "longer/"))
+            ends = np.log([steps_of(arguments["horizon"]), steps_of(facts["longest"])])
             share = float(np.interp(np.log(here["horizon"]), ends, (0, 1)))
-            theta = tree.map(lambda x, y: x + share * (y - x), theta, part(arrays, "longer/"))
     except (KeyError, TypeError, ValueError, ArithmeticError):
         raise ValueError(f"{path} holds an optimizer this version doesn't know: {facts}.") from None
-    alike = theta.keys() == wanted.keys() and all(
+    alike = all(theta.keys() == wanted.keys() and all(
         (x.shape, x.dtype) == (wanted[k].shape, wanted[k].dtype) and np.isfinite(x).all()
-        for k, x in theta.items())
+        for k, x in theta.items()) for theta in thetas)
     if not alike:
         raise ValueError(f"{path} holds meta-parameters that do not fit a {name} of {arguments}, "
                          "or are not finite.")
+    theta, *longer = thetas
+    for far in longer:
+        theta = tree.map(lambda x, y: x + share * (y - x), theta, far)
     return found, tree.map(jnp.asarray, theta)
 
 

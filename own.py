@@ -77,7 +77,7 @@ def table(path, targets):
     arrays = {"a column without a name": columns.pop("")} if "" in columns else {}  # an index
     parts = columns.pop("split", np.array([""] * len(rows)))
     y = []
-    for name in targets or list(columns)[-1:] or [""]:
+    for name in targets or list(columns)[-1:] or ["y"]:
         require(name in columns and len(columns) > 1, f"{path} has no column {name} to predict, or "
                 f"none beside it: there are {', '.join(columns)}.")
         y.append(columns.pop(name))

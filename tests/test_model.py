@@ -499,8 +499,10 @@ def test_save_and_load(tmp_path):
     for which, sizes, why in (("?", {}, "know"), (name, {"of": 1}, "know"),
                               (name, {"units": "a"}, "know"), (name, {}, "not fit")):
         writes.append((new(model.save, path, which, theta, sizes=sizes), why))
-    sizes, few = {"units": 4, "horizon": 400}, {"longer": {"log_lr": 0}, "longest": 2000}
-    writes.append((new(model.save, path, name, theta, sizes=sizes, **few), "know"))
+    told = new(model.save, path, name, theta, sizes={"units": 4, "horizon": 400})
+    for longer, longest, why in (({"log_lr": 0}, 2000, "not fit"), (theta, 0, "know"),
+                                 (theta | {"mlp0/b": np.ones(1)}, 2000, "not fit")):
+        writes.append((new(told, longer=longer, longest=longest), why))
     for write, why in writes:
         write()
         with pytest.raises(ValueError, match=why):
