@@ -158,7 +158,7 @@ def make_outer(settings):
         outer = mover.optimizer(its_theta)
     cap = objective.OUTER_LOSSES[settings.outer_loss].cap
     longest = round(settings.truncation * (1 + settings.jitter))
-    drawn = lengths(settings, jnp.int32(0), random.key(0)) is not None
+    drawn = settings.jitter > 0 or settings.shortest < settings.truncation
     for name in settings.tasks:
         family = make_family(settings, name)
         pool = objective.make_pool(family, settings.num_tasks, settings.horizon, settings.target)

@@ -243,7 +243,9 @@ def join(path, shorter, longer):
 
 
 def load(path, horizon=None):
-    """-> (LearnedOptimizer, theta), for trainings of `horizon` steps (or as many as it knows).
+    """-> (LearnedOptimizer, theta), for trainings of `horizon` steps (or as many as it knows); of
+    a file of two thetas, what lies between them, see `join`.
+
     ValueError, with one sentence, if the file is not one that `save` wrote."""
     facts, arrays = about(path), machine.read_npz(path)
     name, thetas = facts["name"], [part(arrays, "theta/")]
