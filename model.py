@@ -6,6 +6,7 @@ the optimizers that are meta-trained; and how they are kept.
 import functools
 import inspect
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -88,13 +89,13 @@ def anchored_step(pace, steered_by=()):
     return change
 
 
-def live_inputs(seen):
-    """Of how many inputs each tensor's weights ever had a gradient, [tensors]: not of padding, nor
-    of what is always zero."""
+def count(which, shapes, over):
+    """Of how many of its inputs (over=2) or its units (over=1) each tensor's weights hold one of
+    `which`, [n] -> [tensors]. Units are the last dimension, inputs all others."""
     counts = []
-    for shape, x in zip(dict.fromkeys(seen.shapes), by_shape(seen.v[B2] > 0, seen.shapes)):
-        x = x.reshape(len(x), int(np.prod(shape[:-1])), *(shape[-1:] or (1,)))
-        counts.append(jnp.sum(jnp.any(x, 2), 1))
+    for shape, x in zip(dict.fromkeys(shapes), by_shape(which, shapes)):
+        x = x.reshape(len(x), math.prod(shape[:-1]), math.prod(shape[-1:]))
+        counts.append(jnp.sum(jnp.any(x, over), 1))
     return jnp.concatenate(counts)
 
 
@@ -103,16 +104,21 @@ def paces(horizon, theta, seen):
 
     Weights (two dimensions or more) of more than 32 inputs step shorter, at first in proportion
     (muP, Yang et al. 2021). Biases, beside weights, step a quarter as far: a few long steps push
-    ReLUs below zero for good, a jump that backprop can't see. A training of more than HORIZON steps
-    takes shorter ones, like horizon^(-3/4); after the horizon they fall like 1 / t^2.
+    ReLUs below zero for good, a jump that backprop can't see. Where units rest, that no example of
+    the batch activates, all steps are shorter, by up to exp(3). A training of more than HORIZON
+    steps takes shorter ones, like horizon^(-3/4); after the horizon they fall like 1 / t^2.
     """
     weights = np.array([len(shape) > 1 for shape in seen.shapes])
     bias = 0.25 if weights.any() else 1.0
     longer = min(HORIZON / horizon, 1) ** 0.75
     over = jnp.maximum(seen.t / horizon, 1) ** 2
+    real = seen.v[B2] > 0  # ever had a gradient: neither padding, nor what is always zero
     power = theta("width_power", (), 0.0, 1.0)
-    narrow = (32 / jnp.maximum(live_inputs(seen), 32)) ** power
-    return jnp.where(weights, narrow, bias) * longer / over
+    narrow = (32 / jnp.maximum(count(real, seen.shapes, 2), 32)) ** power
+    moved = real & (seen.g != 0)
+    ever, now = (weights @ count(x, seen.shapes, 1) for x in (real, moved))
+    awake = jnp.exp(-3 * (ever - now) / jnp.maximum(ever, 1))
+    return jnp.where(weights, narrow, bias) * awake * longer / over
 
 
 def signal_to_noise(seen, unit=1.0):

@@ -158,12 +158,15 @@ def step(T, anchored, h, x, adam, pace, steer):
     return -pace * np.exp(T["log_lr"] + np.minimum(a, 1)) * (adam + d)
 
 
-def pace(T, t, horizon, v, shapes):
-    """Of a tensor whose average of g^2 is v, in its shape."""
-    bias = 0.25 if any(len(other) > 1 for other in shapes) else 1
-    inputs = sum(v[i].max(initial=0) > 0 for i in np.ndindex(v.shape[:-1]))
-    own = min(1, 32 / max(inputs, 1)) ** T["width_power"] if v.ndim > 1 else bias
-    return own * min(400 / horizon, 1) ** 0.75 / max(t / horizon, 1) ** 2
+def pace(T, horizon, gs, grads):
+    """Of a tensor with gradients gs, [t, ...]; grads: those of all, [T, ...]."""
+    t, ever, weights = len(gs), np.any(gs, 0), [x[:len(gs)] for x in grads if np.ndim(x) > 2]
+    inputs = sum(ever[i].any() for i in np.ndindex(ever.shape[:-1]))
+    bias = 0.25 if weights else 1
+    own = min(1, 32 / max(inputs, 1)) ** T["width_power"] if ever.ndim > 1 else bias
+    units = [unit for x in weights for unit in np.moveaxis(x, -1, 0) if unit.any()]
+    resting = sum(not unit[-1].any() for unit in units) / max(len(units), 1)
+    return own * np.exp(-3 * resting) * min(400 / horizon, 1) ** 0.75 / max(t / horizon, 1) ** 2
 
 
 @pytest.mark.parametrize("options, names", [
@@ -183,8 +186,7 @@ def test_per_parameter_mlp_and_p1(options, names):
         m, v, adams, x = seen(gs.reshape(t, -1), w.ravel(), options.get("rms", ours))
         times = np.tanh((min(t, horizon) * 400 / horizon if on else t - 1) / TIMES - 1)
         h, x = mlp(T, options.get("layers", 1), x, times, 5 if ours else np.inf)
-        shapes, v = [SHAPES[k] for k in names], v[3].reshape(w.shape)
-        slow = pace(T, t, horizon, v, shapes) if "paces" in on else 1
+        slow = pace(T, horizon, gs, drawn(names)[1].values()) if "paces" in on else 1
         return step(T, "anchored_step" in on, h, x, adams[1], slow, np.zeros(13)).reshape(w.shape)
 
     check(learned.optimizer, theta, rule, names=names)
@@ -279,9 +281,10 @@ def hierarchical(T, on, horizon, grads, path, losses):
             surprises = np.append(surprises, np.nan_to_num(np.clip(gap, -3, 3)))
         clock, updates, told = min(t, horizon) * 400 / horizon, {}, []
         clock = clock if "relative_time" in on else t - 1
+        past = {k: [*past[k], gs[k]] for k in shapes}
+        shaped = {k: np.reshape(past[k], (t, *shape)) for k, shape in shapes.items()}
         for k, shape in shapes.items():
-            past[k], w = [*past[k], gs[k]], ws[k]
-            m, v, adams, odd = seen(np.array(past[k]), w)
+            w, (m, v, adams, odd) = ws[k], seen(np.array(past[k]), ws[k])
             means = np.array([average(np.ravel(x)) for x in (m, v, w)])
             spreads = [np.var(x) if x.size else 0 for x in (m, v, w)]
             known = np.array([*means, *spreads, np.linalg.norm(w), np.linalg.norm(gs[k])])
@@ -306,8 +309,7 @@ def hierarchical(T, on, horizon, grads, path, losses):
             cues = [*h[k], *np.tanh(clock / TIMES[1:7] - 1), *surprises]
             cues += [*signal, rest] if signals else []
             steer = cues @ T["steer"] if "steer" in T else np.zeros(1 + len(odd))
-            paces = (T, t, horizon, v[3].reshape(shape), shapes.values())
-            slow = pace(*paces) if "width_power" in T else 1
+            slow = pace(T, horizon, shaped[k], shaped.values()) if "width_power" in T else 1
             updates[k] = step(T, "anchored_step" in on, hidden, features, adams[1], slow, steer)
         context = np.mean(told, 0)
         yield updates
@@ -412,7 +414,7 @@ def test_a_fresh_optimizer_is_adam_but_for_paces(learned):
     theta |= {k: np.float32(20) for k in theta if "multiple" in k}
 
     def rule(gs, w):
-        return adam(gs, w) * pace(theta, len(gs), 5, total(gs ** 2, 0.999), SHAPES.values())
+        return adam(gs, w) * pace(theta, 5, gs, drawn()[1].values())
 
     check(learned.optimizer, theta, rule, losses=[NONE])
 
