@@ -41,8 +41,8 @@ class InnerProblem(NamedTuple):
 
 class Estimator(NamedTuple):
     init: Callable      # init(theta, key) -> particles
-    estimate: Callable  # estimate(theta, particles, key, lengths=K) -> (gradient, particles,
-    #                     metrics); lengths [N]: how many of the K steps each pair takes
+    estimate: Callable  # estimate(theta, particles, key, lengths=None) -> (gradient,
+    #                     particles, metrics); lengths [N]: steps of each pair (None: K)
 
 
 class Particles(NamedTuple):
@@ -53,10 +53,10 @@ class Particles(NamedTuple):
 
 
 def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma, cap=10.0,
-              clip=jnp.inf, floor=1e-30, drawn=False):
+              clip=jnp.inf, floor=1e-30, varying=False):
     """The formula above; ValueError for what can't work. `weight`: w is 0, 1, or from the "sample"
     itself (P1), or "running", from earlier ones, see `weights`; `floor` is added to variances.
-    `history`: earlier truncations are kept, each sign has its own state; `drawn`: lengths are told.
+    `history`: earlier truncations are kept, each sign has its own state; `varying`: lengths come.
 
     A loss that is not finite, or not below `cap`, counts as `cap`. Each pair's rp is scaled to a
     norm of at most `clip`, dropped if not finite. What w rp explains of dL tells nothing of the
@@ -64,7 +64,8 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
     """
     check(weight, num_pairs, truncation, horizon, sigma)
     unroll = make_unroll(problem, truncation, cap)
-    signs, whole = np.float32([1, -1] if sigma else [0]), not (drawn or horizon % truncation)
+    signs, whole = np.float32([1, -1] if sigma else [0]), not (varying or horizon % truncation)
+    variance = sigma ** 2 or 1  # without noise, eps and xi are zero
 
     def init(theta, key):
         size = flat(theta)[0].size
@@ -83,17 +84,17 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         keys = jax.vmap(random.split)(random.split(key, num_pairs))  # [N, 2]
         draw = functools.partial(random.normal, shape=theta.shape, dtype=theta.dtype)
         eps = sigma * jax.vmap(draw)(keys[:, 0])
-        ends = t >= horizon
-        t, xi = jnp.where(ends, t - horizon, t), jnp.where(ends[:, None], 0, xi)
+        over = t >= horizon
+        t, xi = jnp.where(over, t - horizon, t), jnp.where(over[:, None], 0, xi)
         taken = jnp.minimum(truncation if lengths is None else lengths, horizon - t)
-        told = None if whole and lengths is None else taken
+        cut = None if whole and lengths is None else taken
         pair = functools.partial(run_pair, unroll, unravel, signs, weight != 0, clip)
-        rows = state, ends, told, eps, keys[:, 1]
+        rows = state, over, cut, eps, keys[:, 1]
         L, rp, state, counts = machine.over_devices(pair, num_pairs)(theta, rows)
         dL = (L[:, 0] - L[:, -1])[:, None]  # [N, 1]
-        es, past = (dL * noise / (2 * sigma ** 2 or 1) for noise in (eps, xi))
+        es, past = (dL * noise / (2 * variance) for noise in (eps, xi))
         w, variances, metrics = weights(weight, rp, es, counts["dropped"], variances, floor)
-        past -= jnp.sum(eps * w * rp, 1, keepdims=True) * xi / (sigma ** 2 or 1)
+        past -= jnp.sum(eps * w * rp, 1, keepdims=True) * xi / variance
         gradient = jnp.mean(w * rp + (1 - w) * es + past, 0)
         metrics |= {"loss": jnp.mean(L)} | tree.map(jnp.sum, counts)
         if history:
@@ -107,7 +108,7 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
 truncated_backprop = functools.partial(estimator, weight=1, history=False, sigma=0.0)
 es = functools.partial(estimator, weight=0, history=False)
 merged = functools.partial(
-    estimator, weight="sample", history=False, floor=1e-8 / 4)  # P1 has 1e-8, and all terms twice
+    estimator, weight="sample", history=False, floor=1e-8 / 4)  # P1: 1e-8, of terms twice ours
 pes = functools.partial(estimator, weight=0, history=True)
 combined = functools.partial(estimator, weight="running", history=True)
 MERGING = ("sample", "running")
@@ -134,14 +135,14 @@ def check(weight, num_pairs, truncation, horizon, sigma):
 
 def run_pair(unroll, unravel, signs, differentiate, clip, theta, row):
     """Both signs of one pair -> losses L [signs], rp [P], states, and numbers of what went wrong.
-    theta [P]; row: states [signs, ...], whether they start over, how many steps they take (None:
-    all K), eps [P] and the key that both share."""
-    state, ends, taken, eps, key = row
+    theta [P]; row: states [signs, ...], whether their episode is over, how many steps they take
+    (None: all K), eps [P] and the key that both share."""
+    state, over, taken, eps, key = row
 
     def mean_loss(thetas):
         def one(sign):
             theta, state = sign
-            return unroll(unravel(theta), state, ends, taken, key)
+            return unroll(unravel(theta), state, over, taken, key)
 
         losses, states, capped = machine.over_rows(one, (thetas, state))
         return jnp.mean(losses), (losses, states, jnp.sum(capped))
@@ -160,13 +161,14 @@ def weights(weight, rp, es, dropped, variances, floor):
 
     w = v_es / (v_es + v_rp), of variances over the pairs: of this very sample, as in P1, biased
     where a sample doesn't show the variance; or running ones of earlier samples, independent of
-    what they weigh. A meta-parameter that backprop is kept from has rp = 0, so w = 1: ES doesn't
-    move it either. A pair whose rp was dropped [N] has w = 0.
+    what they weigh. A meta-parameter that backprop is kept from has rp = 0, so w is near 1: ES
+    hardly moves it either. A pair whose rp was dropped [N] has w = 0.
     """
     if weight not in MERGING:
         return jnp.full((1, 1), weight), variances, {}
     there = jnp.logical_not(dropped)[:, None]
-    new = jnp.var(jnp.where(there, rp, es), 0, ddof=1), jnp.var(es, 0, ddof=1)
+    counted = jnp.where(there, rp, es)  # what such a pair gives
+    new = jnp.var(counted, 0, ddof=1), jnp.var(es, 0, ddof=1)
     v_rp, v_es = new if weight == "sample" else variances[:2]
     w = (v_es + floor) / (v_es + v_rp + 2 * floor)
     if weight == "running":
@@ -182,15 +184,15 @@ def weights(weight, rp, es, dropped, variances, floor):
 
 
 def make_unroll(problem, truncation, cap):
-    """unroll(theta, state, ends, taken, key) -> (mean loss of `taken` steps (None: all K), state,
+    """unroll(theta, state, over, taken, key) -> (mean loss of `taken` steps (None: all K), state,
     number of capped losses).
 
-    It starts over if the episode `ends`. A capped loss carries no gradient (P1's code). Going
+    It resets if the episode is `over`. A capped loss carries no gradient (P1's code). Going
     backward, each step is computed again from its state; random bits are kept.
     """
-    def unroll(theta, state, ends, taken, key):
+    def unroll(theta, state, over, taken, key):
         reset_key, key = random.split(key)
-        state = lax.cond(ends, lambda: problem.reset(theta, reset_key), lambda: state)
+        state = lax.cond(over, lambda: problem.reset(theta, reset_key), lambda: state)
 
         def step(before, row):
             i, key = row

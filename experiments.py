@@ -354,7 +354,7 @@ def regularisation(seed, path):
         "valley", lambda key: (), lambda task, key: random.normal(key, (2,)),
         lambda task, key, split: split, loss)
     for name, c in compare(valley, *model.load(path, 1000), 64, 1000, seed).items():
-        y = np.sqrt(c[:, c.shape[1] // 2, :, 1].mean(0))  # of the ten rates 0.01
+        y = np.sqrt(c[:, c.shape[1] // 2, :, 1].mean(0))  # of ten settings, Adam's 0.01
         yield "distance along the valley", name, EVERY * np.arange(len(y)), y / y[0]
 
 

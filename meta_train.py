@@ -33,7 +33,8 @@ import tasks
 from evaluate import number
 from settings import COUNT, Settings, arguments, make_family, make_learned, whole_settings
 
-FREE = "outer_steps", "minutes", "decay_steps", "caution", "compare"  # may change in a resumed run
+FREE = (  # may change in a resumed run
+    "outer_steps", "minutes", "save_seconds", "decay_steps", "caution", "compare")
 PATIENCE = 100  # outer steps in a row that may come to nothing
 
 
@@ -49,8 +50,8 @@ class Run(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def bounded_adjoint(x, bound):
-    """x itself; but what backprop sends back has a norm of at most `bound`, lest it grow from step
-    to step (P1's first pathology): in a finished gradient what exploded has drowned the rest."""
+    """x itself; but what backprop sends back has a norm of at most `bound`. In a finished gradient
+    what grew from step to step (P1's first pathology) has drowned the rest: too late to clip."""
     return x
 
 
@@ -60,7 +61,8 @@ bounded_adjoint.defvjp(
 
 @jax.custom_vjp
 def finite_adjoint(x):
-    """x itself; but what backprop sends back, at any order, is 0 where it is not finite."""
+    """x itself; but what backprop sends back, in second derivatives, too, is 0 where it is not
+    finite."""
     return x
 
 
@@ -120,14 +122,12 @@ def outer_step(settings, estimator, outer, name, run, key):
     loss = row["loss"]  # told as both losses (P2 appendix F.4)
     changes, opt_state = outer.update(
         clipped, run.opt_state, run.theta, loss=loss, valid_loss=loss)
-    rate = 1 / (1 + run.step / settings.decay_steps)  # most is learned early
-    if settings.outer_optimizer:
-        rate = 1.0  # it slows down by itself
+    falling = 1 / (1 + run.step / settings.decay_steps)  # most is learned early
+    rate = 1.0 if settings.outer_optimizer else falling  # that slows down by itself
     theta = tree.map(lambda x, change: x + rate * change, run.theta, changes)
     later = 2 / (run.step + 2)  # weights 1, 2, 3, ...: the noise of single steps averages out
-    if settings.averaging == "last":
-        later = 1.0
-    average = tree.map(lambda x, new: x + later * (new - x), run.average, theta)
+    share = later if settings.averaging == "later" else 1.0
+    average = tree.map(lambda x, new: x + share * (new - x), run.average, theta)
     before = run.smoothed[name]
     smoothed = jnp.where(jnp.isnan(before), loss, 0.97 * before + 0.03 * loss)
     norm = jnp.linalg.norm(ravel_pytree(gradient)[0])
@@ -158,7 +158,7 @@ def make_outer(settings):
         outer = mover.optimizer(its_theta)
     cap = objective.OUTER_LOSSES[settings.outer_loss].cap
     longest = round(settings.truncation * (1 + settings.jitter))
-    drawn = settings.jitter > 0 or settings.shortest < settings.truncation
+    varying = settings.jitter > 0 or settings.shortest < settings.truncation
     for name in settings.tasks:
         family = make_family(settings, name)
         pool = objective.make_pool(family, settings.num_tasks, settings.horizon, settings.target)
@@ -166,7 +166,7 @@ def make_outer(settings):
         each[name] = getattr(estimators, settings.estimator)(
             problem, num_pairs=settings.num_pairs, truncation=min(longest, settings.horizon),
             horizon=settings.horizon, sigma=settings.sigma, cap=cap, clip=settings.clip,
-            drawn=drawn)
+            varying=varying)
 
     def start(key):
         theta_key, particle_key = random.split(key)
@@ -199,8 +199,8 @@ def begun(settings):
     if learned is not make_learned(settings):  # each is made once, see LearnedOptimizer
         raise ValueError(f"{settings.begin} holds another kind of optimizer than what is to be "
                          "learned: choose its --optimizer and --without, or another file.")
-    shorter = model.about(settings.begin).get("caution", 1.0)
-    return with_steps(1 / shorter, theta)
+    caution = model.about(settings.begin).get("caution", 1.0)
+    return with_steps(1 / caution, theta)
 
 
 def updates(settings, run, outer_steps):

@@ -52,15 +52,15 @@ def unit_weights(learned):
 
 
 def anchored_step(pace, steered_by=()):
-    """The step pace lr exp(min(a, 1)) (adam + d), which scales and bends Adam's; at first
+    """The step -pace lr exp(min(a, 1)) (adam + d), which scales and bends Adam's; at first
     a = d = 0.
 
     d and a are linear in the last hidden layer and the features, so that a weight decay or another
     momentum is learned in a few steps. What the layer adds to d has mean zero, and what d reads
     directly is odd: to push a whole tensor one way kills ReLU units, which costs much later and is
     seen in no derivative. Hence the limit of 1, too. pace(theta, seen): [tensors]. `steered_by` are
-    functions of what is seen -> [F, tensors]: linear in them, each tensor adds to its a and, within
-    +-1, to the weights of what its d reads.
+    functions of what is seen -> [F, tensors]: linear in them, each tensor adds to its a (steer[0])
+    and, within +-1, to the weights of what its d reads (all others).
     """
     def change(theta, hidden, features, odd, seen):
         w = theta("step/w", (len(hidden[0]), 2))
@@ -74,13 +74,11 @@ def anchored_step(pace, steered_by=()):
             steer = theta("steer", (len(read), 1 + odd)).T @ read
 
         def one(h, x, adam, steer, slow):
-            d, a = product(w, h)
+            hidden_d, hidden_a = product(w, h)
             direct = of_d[:, None] + jnp.tanh(steer[1:, :, 0])
-            bend = jnp.einsum("fc,fcn->cn", direct, x[:odd])
-            push = adam + d - mean(d)[:, None] + bend
-            scale = jnp.tensordot(of_a, x, 1)
-            size = jnp.exp(log_lr + jnp.minimum(a + scale + steer[0], 1.0))
-            return -slow * size * push
+            d = hidden_d - mean(hidden_d)[:, None] + jnp.einsum("fc,fcn->cn", direct, x[:odd])
+            a = hidden_a + jnp.tensordot(of_a, x, 1) + steer[0]
+            return -slow * jnp.exp(log_lr + jnp.minimum(a, 1.0)) * (adam + d)
 
         adam = by_shape(directions(seen)[B1], seen.shapes)
         steer, slow = (by_shape(x, seen.shapes, 1) for x in (steer, slow))
@@ -89,13 +87,13 @@ def anchored_step(pace, steered_by=()):
     return change
 
 
-def count(which, shapes, over):
-    """Of how many of its inputs (over=2) or its units (over=1) each tensor's weights hold one of
-    `which`, [n] -> [tensors]. Units are the last dimension, inputs all others."""
+def count(which, shapes, axis):
+    """How many inputs (axis=2) or units (axis=1) of each tensor have a weight in `which`, [n] ->
+    [tensors]. Units are the last dimension, inputs all others."""
     counts = []
     for shape, x in zip(dict.fromkeys(shapes), by_shape(which, shapes)):
         x = x.reshape(len(x), math.prod(shape[:-1]), math.prod(shape[-1:]))
-        counts.append(jnp.sum(jnp.any(x, over), 1))
+        counts.append(jnp.sum(jnp.any(x, axis), 1))
     return jnp.concatenate(counts)
 
 
@@ -121,9 +119,10 @@ def paces(horizon, theta, seen):
     return jnp.where(weights, narrow, bias) * awake * longer / over
 
 
-def signal_to_noise(seen, unit=1.0):
+def signal_to_noise(seen, scale=10):
     """How well a tensor's gradients agree over the span of each average, [6, tensors]: in decibels
-    above pure noise, over `unit`; and, last, five times the share of parameters at rest."""
+    above pure noise (bels, if `scale` is 1); and, last, five times the share of parameters at rest.
+    """
     real = seen.v[B2] > 0  # ever had a gradient
     rows = jnp.stack([*directions(seen) ** 2, real, real & (seen.g == 0)])
     means = per_tensor(by_shape(rows, seen.shapes))
@@ -131,13 +130,13 @@ def signal_to_noise(seen, unit=1.0):
     decays = DECAYS ** seen.t
     noise = (1 - DECAYS) / (1 + DECAYS)  # of averaged white noise, in the long run
     noise = noise * (1 + decays) / (1 - decays)
-    signal = 10 * jnp.log10(powers / (real + 1e-8) / noise + 0.1)
-    return jnp.concatenate([signal / unit, 5 * rest / (real + 1e-8)])
+    signal = scale * jnp.log10(powers / (real + 1e-8) / noise + 0.1)  # at most ten below it
+    return jnp.concatenate([signal, 5 * rest / (real + 1e-8)])
 
 
 def generalisation_gap(train, valid):
     """How far the running validation loss lies above the running training loss, in e-folds, within
-    +-3."""
+    +-3. With it, losses deviate by 2% of the first one at least (Form.least)."""
     gap = jnp.log((jnp.abs(valid) + 1e-6) / (jnp.abs(train) + 1e-6))
     return (jnp.clip(gap, -3, 3),)
 
@@ -173,9 +172,9 @@ def ours(paper, horizon, without, steered_by=()):
     if "anchored_step" not in without:
         form = form._replace(step=anchored_step(pace, steered_by))
     if "generalisation_gap" not in without:
-        form = form._replace(gap=generalisation_gap)
+        form = form._replace(gap=generalisation_gap, least=0.02)
     if "signal_to_noise" not in without:
-        signals = functools.partial(signal_to_noise, unit=10.0)
+        signals = functools.partial(signal_to_noise, scale=1)
         form = form._replace(lstm_inputs=(*form.lstm_inputs, signals))
     if "orthogonal_momentum" not in without:
         form = form._replace(mlp_inputs=(*form.mlp_inputs, orthogonal_momentum))

@@ -42,7 +42,7 @@ def end_root(loss, start, progress, best):
     return 10 * progress ** 4 * ((root - best) / (1 - best))
 
 
-# end_root is capped where the loss is ten times the start, at the end.
+# end_root is capped where the loss is ten times the start, at the end, if b is not known.
 OUTER_LOSSES = {"mean": OuterLoss(mean, 10.0), "normalised": OuterLoss(normalised, 10.0),
                 "end_root": OuterLoss(end_root, 10 * 10 ** 0.5)}
 

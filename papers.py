@@ -153,7 +153,7 @@ def parameter_features(seen):
     return jnp.concatenate([seen.g[None], seen.w[None], seen.m, relative])
 
 
-def mlp(theta, units, layers, features, shared, seen, form):
+def mlp(theta, units, layers, features, shared, shapes, bound):
     """-> (last hidden layer [units, ...], features [F, ...]), lists as of `by_shape`. Each feature
     comes over its root mean square in its tensor (P1).
 
@@ -163,9 +163,9 @@ def mlp(theta, units, layers, features, shared, seen, form):
     own, told = jnp.split(w, [len(features)])
     biases = told.T @ shared + b[:, None]  # [units, tensors]
     hidden, normal = [], []
-    for x, bias in zip(by_shape(features, seen.shapes), by_shape(biases, seen.shapes, 1)):
+    for x, bias in zip(by_shape(features, shapes), by_shape(biases, shapes, 1)):
         scale = lax.rsqrt(1e-5 + mean(x * x))[..., None]
-        x = jnp.clip(x * scale, -form.bound, form.bound)
+        x = jnp.clip(x * scale, -bound, bound)
         normal.append(x)
         h = nn.relu(product(own, x) + bias)
         for i in range(1, layers):
@@ -175,7 +175,7 @@ def mlp(theta, units, layers, features, shared, seen, form):
 
 
 def papers_step(theta, hidden, features, odd, seen):
-    """0.001 d exp(0.001 a), with d and a linear in the last hidden layer (P1, P2): [n].
+    """-0.001 d exp(0.001 a), with d and a linear in the last hidden layer (P1, P2): [n].
 
     A step is given what `mlp` finds, how many features are odd (they come first), and what is seen.
     """
@@ -190,6 +190,7 @@ class Form(NamedTuple):
     time: Callable = lambda t: t - 1  # of step t, the first being 1, for features of time
     valid_decay: float = 0.95       # of the running validation loss (P2)
     gap: Callable = lambda train, valid: ()  # of both running losses: what else is told of them
+    least: float = 0.0              # the smallest deviation of losses (P2), over the first
     # Functions of what is seen that P2's tensors and parameters are told of besides:
     lstm_inputs: tuple = ()  # -> [F, tensors]
     mlp_inputs: tuple = ()   # -> [F, n], all odd in g and w
@@ -209,7 +210,7 @@ def p1(units=32, layers=1, rms=False, form=Form()):
         seen = Seen(g, w, *memory, form.time(memory[2]), shapes)
         known = seen if rms else seen._replace(v=jnp.zeros_like(seen.v))
         features, shared = parameter_features(known), each(tanh_times(seen), shapes)
-        hidden, normal = mlp(theta, units, layers, features, shared, seen, form)
+        hidden, normal = mlp(theta, units, layers, features, shared, shapes, form.bound)
         return form.step(theta, hidden, normal, len(features), seen), memory
 
     return learned(lambda theta, shapes: memory_init(shapes), update)
@@ -251,26 +252,26 @@ def unbiased(average, decay, count):
 
 
 def observe(average, loss, decay):
-    """The running (mean, variance, count, last) of a loss, [4], with one more (P2 appendix C.2.2).
-    Ours: only if that is news, and within 30 deviations."""
-    mean, variance, count, last = average
+    """The running (mean, variance, count, last, first) of a loss, [5], with one more (P2 appendix
+    C.2.2). Ours: only if that is news, and within 30 deviations."""
+    mean, variance, count, last, first = average
     there = news(loss, count, last)
     told = jnp.where(there, loss, 0.0)  # where there is none, the derivative is finite, too
     deviation = jnp.sqrt(unbiased(variance, decay, count) + 1e-30)
     loss = bounded(told, unbiased(mean, decay, count), 30 * deviation)
     mean = decay * mean + (1 - decay) * loss
     variance = decay * variance + (1 - decay) * (mean - loss) ** 2
-    seen = jnp.stack([mean, variance, count + 1, told])
-    return jnp.where(there, seen, average)
+    after = jnp.stack([mean, variance, count + 1, told, jnp.where(count > 0, first, told)])
+    return jnp.where(there, after, average)
 
 
-def surprise(train, loss):
-    """How many running deviations a loss lies above the running training loss, within +-5; 0 at
-    first, and for one that is not finite."""
-    mean, variance, count, _ = train
+def surprise(train, loss, least=0.0):
+    """How many running deviations, each at least that share of the first loss, a loss lies above
+    the running training loss, within +-5; 0 at first, and for one that is not finite."""
+    mean, variance, count, _, first = train
     mean, variance = (unbiased(x, TRAIN_DECAY, count) for x in (mean, variance))
     loss = jnp.where(jnp.isfinite(loss), loss, mean)
-    score = (loss - mean) * lax.rsqrt(variance + 1e-8)
+    score = (loss - mean) * lax.rsqrt(variance + (least * first) ** 2 + 1e-8)
     return jnp.where(count > 0, jnp.clip(score, -5, 5), 0.0)
 
 
@@ -305,10 +306,15 @@ def tensor_facts(squares, seen):
     return jnp.concatenate([facts, each(sines, seen.shapes)])
 
 
+def clip_rate(theta):
+    """At which the running size of g forgets (P2 C.2.3)."""
+    return jnp.exp(theta("clip/log_rate", (), 0.0, np.log(0.01)))
+
+
 def clipped(theta, g, state):
     """g within a multiple of its running size; and the rate at which that forgets (P2 C.2.3)."""
     multiple = jnp.exp(theta("clip/log_multiple", (), 0.0, np.log(10)))
-    rate = jnp.exp(theta("clip/log_rate", (), 0.0, np.log(0.01)))
+    rate = clip_rate(theta)
     _, _, t = state.memory
     limit = multiple * state.size / (1 - (1 - rate) ** (t + 1))
     return jnp.clip(jnp.nan_to_num(g), -limit, limit), rate
@@ -324,10 +330,11 @@ def loss_features(state, losses, form):
     valid = observe(state.valid, valid_loss, form.valid_decay)
     low, high = (
         unbiased(mean, decay, count)
-        for (mean, _, count, _), decay in ((train, TRAIN_DECAY), (valid, form.valid_decay)))
-    of_valid = jnp.stack([surprise(train, high), *form.gap(low, high)])
+        for (mean, _, count, *_), decay in ((train, TRAIN_DECAY), (valid, form.valid_decay)))
+    of_train = surprise(train, loss, form.least)
+    of_valid = jnp.stack([surprise(train, high, form.least), *form.gap(low, high)])
     of_valid = jnp.where((train[2] > 0) & (valid[2] > 0), of_valid, 0.0)
-    return train, valid, jnp.concatenate([surprise(train, loss)[None], of_valid])
+    return train, valid, jnp.concatenate([of_train[None], of_valid])
 
 
 class HierarchicalState(NamedTuple):
@@ -336,34 +343,34 @@ class HierarchicalState(NamedTuple):
     c: jax.Array         # [lstm, tensors]
     feedback: jax.Array  # [16, tensors], each tensor's MLP to its LSTM
     context: jax.Array   # [18], all LSTMs to each
-    train: jax.Array     # [4], of the training loss, see `observe`
-    valid: jax.Array     # [4], of the validation loss
-    size: jax.Array      # running root of the mean over tensors of their mean g^2
+    train: jax.Array     # [5], of the training loss, see `observe`
+    valid: jax.Array     # [5], of the validation loss
+    size: jax.Array      # running mean of the root of the mean over tensors of their mean g^2
 
 
 @functools.cache
 def p2(lstm=64, units=32, form=Form(bound=5.0)):
     """P2 section 3.3 and appendix C: first the LSTM of each tensor, then the MLP of each parameter.
 
-    All initial states are learned. P2 bounds normalised features (appendix C.4; its text doesn't
-    say at what) and has one feature more, the weights of 100 steps ago. Once the time stands still
-    the LSTM rests.
+    What LSTMs and messages begin with is learned. P2 bounds normalised features (appendix C.4; its
+    text doesn't say at what) and has one feature more, the weights of 100 steps ago. Once the time
+    stands still the LSTM rests.
     """
     def init_state(theta, shapes):
         feedback = each(theta("initial/feedback", (FEEDBACK,), 0.1), shapes)
         context = theta("initial/context", (CONTEXT,), 0.1)
         h = each(theta("initial/h", (lstm,)), shapes)
         c = each(theta("initial/c", (lstm,)), shapes)
-        size = jnp.exp(theta("clip/log_rate", (), 0.0, np.log(0.01)))
-        memory, none = memory_init(shapes), jnp.zeros(4)
+        size = clip_rate(theta)  # as if it had been 1
+        memory, none = memory_init(shapes), jnp.zeros(5)
         return HierarchicalState(memory, h, c, feedback, context, none, none, size)
 
     def update(theta, g, w, shapes, state, losses):
         g, rate = clipped(theta, g, state)
         memory = remembered(state.memory, g)
-        train, valid, losses = loss_features(state, losses, form)
+        train, valid, compared = loss_features(state, losses, form)
         t = memory[2]
-        seen = Seen(g, w, *memory, form.time(t), shapes, losses)
+        seen = Seen(g, w, *memory, form.time(t), shapes, compared)
         means, squares = tensor_means(seen)
         size = jnp.sqrt(1e-8 + jnp.mean(squares[3]))  # of g
         size = (1 - rate) * state.size + rate * size
@@ -371,7 +378,7 @@ def p2(lstm=64, units=32, form=Form(bound=5.0)):
         known = (
             statistics(means, squares, shapes),
             *(f(seen) for f in form.lstm_inputs),
-            each(losses, shapes),
+            each(compared, shapes),
             each(state.context, shapes),
             state.feedback)
         h, c = lstm_cell(theta, "lstm", jnp.concatenate(known), state.h, state.c)
@@ -383,7 +390,7 @@ def p2(lstm=64, units=32, form=Form(bound=5.0)):
         even = jnp.log(jnp.abs(w)[None] + 1e-8), seen.v, lax.rsqrt(seen.v + 1e-6)
         shared = joined(dense(theta, "condition", h, CONDITION), tensor_facts(squares, seen))
         features = jnp.concatenate([odd, *even])
-        hidden, features = mlp(theta, units, 2, features, shared, seen, form)
+        hidden, features = mlp(theta, units, 2, features, shared, shapes, form.bound)
         change = form.step(theta, hidden, features, len(odd), seen)
 
         feedback = dense(theta, "feedback", per_tensor(hidden), FEEDBACK)

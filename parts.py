@@ -24,8 +24,8 @@ def size(low, high):
     return lambda u: first(jnp.round(value(u)), high)
 
 
-def choice(n, first=0):
-    return lambda u: first + (n * u).astype(int)
+def choice(n, lowest=0):
+    return lambda u: lowest + (n * u).astype(int)
 
 
 def chance(probability):
@@ -118,7 +118,7 @@ def units(task, i):
 def net_ranges(max_depth, max_width, max_batch):
     """What tasks with a fully connected net draw, of that many hidden layers at most."""
     return dict(
-        depth=choice(max_depth, first=1),
+        depth=choice(max_depth, lowest=1),
         **{f"width{i}": size(8, max_width) for i in range(max_depth)},
         activation=ACTIVATION,
         batch_size=size(max_batch / 8, max_batch),

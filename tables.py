@@ -25,7 +25,7 @@ RANGES = dict(
     inputs=size(4, INPUTS),
     examples=log_uniform(32.0, 2700.0),      # rows to train on; a tenth as many others to validate
     regression=chance(1 / 3),
-    classes=choice(CLASSES - 1, first=2),
+    classes=choice(CLASSES - 1, lowest=2),
     apart=often_zero(log_uniform(1.0, 10.0)),  # centers of classes, in deviations, if any
     rare=often_zero(uniform(0.0, 2.0)),      # how much rarer the last class is than the first
     luck=often_zero(log_uniform(0.1, 2.0)),  # deviation of what no column tells

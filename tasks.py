@@ -68,7 +68,7 @@ def inner_step(family, optimizer, task, inner, key):
     return Inner(params, opt_state, inner.step + 1)
 
 
-FEW = {"train": 1.0, "inner_valid": 0.1}  # where examples can be few; how many for one to train on
+FEW = {"train": 1.0, "inner_valid": 0.1}  # where examples can be few: letters for one to train on
 FRACTION = log_uniform(0.005, 1.0)
 
 
@@ -92,7 +92,7 @@ LETTERS = dict(
     input_scale=SCALE,
     input_noise=NOISE,  # standard deviation, fresh in every batch; ink is 1, paper 0
     label_noise=NOISE)  # share of training examples that are filed under a wrong class for good
-STRIDE = 5  # has no divisor in common with 24 or 504, examples of a letter
+STRIDE = 5  # neighbours are alike; no divisor in common with 24 or 504, examples of a letter
 CLASSES = 10  # letters of a task
 
 
@@ -121,15 +121,15 @@ def letter_tasks(pool, max_batch, ranges):
         if "fraction" not in task or split not in FEW:
             return (u * n).astype(int)
         count = jnp.clip(FEW[split] * task["fraction"] * examples, 1, n)
-        first = (task["offset"] * n).astype(int)
-        return (first + STRIDE * (u * count).astype(int)) % n
+        start = (task["offset"] * n).astype(int)
+        return (start + STRIDE * (u * count).astype(int)) % n
 
     def batch(task, key, split):
         u = random.uniform(key, (3, max_batch))
         y, example = (u[0] * CLASSES).astype(int), pick(task, split, u[1])
         x = images[split][task["classes"][y], example]
-        blur = noise[(u[2] * len(noise)).astype(int)]
-        x = (x + task["input_noise"] * blur) * task["input_scale"]
+        grain = noise[(u[2] * len(noise)).astype(int)]
+        x = (x + task["input_noise"] * grain) * task["input_scale"]
         if split == "train":
             mislabelled = luck[y, example] < task["label_noise"]
             y = jnp.where(mislabelled, (y + wrong[y, example]) % CLASSES, y)
@@ -194,7 +194,7 @@ def conv(pool="meta_train", max_batch=32):
     sample, batch = letter_tasks(pool, max_batch, dict(
         batch_size=size(max_batch / 8, max_batch),
         **LETTERS,
-        depth=choice(2, first=1),
+        depth=choice(2, lowest=1),
         channels0=channels,
         channels1=channels,
         strides=choice(3),  # 0: 2, 1; 1: 1, 2; 2: 2, 2

@@ -47,9 +47,9 @@ def make(name, problem=QUADRATIC, num_pairs=6, truncation=2, horizon=T, sigma=SI
 
 
 @functools.cache
-def limited(name, sigma, K=2, drawn=False):
+def limited(name, sigma, K=2, varying=False):
     """-> (first particles, jitted estimate), on two devices; LIMITS are met now and then."""
-    estimator = make(name, sigma=sigma, truncation=K, drawn=drawn, **LIMITS)
+    estimator = make(name, sigma=sigma, truncation=K, varying=varying, **LIMITS)
     both = jax.NamedSharding(machine.sharding(6).mesh, jax.sharding.PartitionSpec())
     assert both.mesh.size == 2
     start = jax.device_put(estimator.init(THETA, KEY(0)), both)  # so that it is compiled once

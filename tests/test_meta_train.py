@@ -466,7 +466,7 @@ def test_outer_steps_follow_adam_or_a_learned_optimizer_on_the_clipped_gradient(
     def telling(*problem, **options):  # the gradient itself, not its norm alone
         assert options == dict(
             num_pairs=2, truncation=20, horizon=20, sigma=0.01, clip=0.3, cap=cap,
-            drawn=name == "merged")
+            varying=name == "merged")
         init, estimate = plain(*problem, **options)
         def told(*state):
             assert (state[3] is None) == (name != "merged")

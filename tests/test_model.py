@@ -273,7 +273,8 @@ def hierarchical(T, on, horizon, grads, path, losses):
         train, valid = (heard(x[:t]) for x in losses)
         bias, smooth = 1 - 0.9 ** len(train), total(valid, decay) / total(1 + 0 * valid, decay)
         means = [0.1 * total(train[:i], 0.9) for i in range(1, len(train) + 1)]
-        spread = np.sqrt(0.1 * total((means - train) ** 2, 0.9) / bias + 1e-8)
+        least = 0.02 * train[0] if "generalisation_gap" in on else 0
+        spread = np.sqrt(0.1 * total((means - train) ** 2, 0.9) / bias + least ** 2 + 1e-8)
         surprises = np.array([losses[0, t - 1], smooth]) - means[-1] / bias
         surprises = np.nan_to_num(np.clip(surprises / spread, -5, 5))
         if "generalisation_gap" in on:
