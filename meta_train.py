@@ -123,7 +123,7 @@ def outer_step(settings, estimator, outer, name, run, key):
     changes, opt_state = outer.update(
         clipped, run.opt_state, run.theta, loss=loss, valid_loss=loss)
     falling = 1 / (1 + run.step / settings.decay_steps)  # most is learned early
-    rate = 1.0 if settings.outer_optimizer else falling  # that slows down by itself
+    rate = 1.0 if settings.outer_optimizer else falling  # a learned one slows down itself
     theta = tree.map(lambda x, change: x + rate * change, run.theta, changes)
     later = 2 / (run.step + 2)  # weights 1, 2, 3, ...: the noise of single steps averages out
     share = later if settings.averaging == "later" else 1.0

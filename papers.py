@@ -265,7 +265,7 @@ def observe(average, loss, decay):
     return jnp.where(there, after, average)
 
 
-def surprise(train, loss, least=0.0):
+def surprise(train, loss, least):
     """How many running deviations, each at least that share of the first loss, a loss lies above
     the running training loss, within +-5; 0 at first, and for one that is not finite."""
     mean, variance, count, _, first = train
