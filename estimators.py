@@ -60,8 +60,7 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
 
     A loss that is not finite, or not below `cap`, counts as `cap`. Each pair's rp is scaled to a
     norm of at most `clip`, dropped if not finite. What w rp explains of dL tells nothing of the
-    past, so history goes without it (after P3's PES-Analytic): a bias of order sigma^2 at most.
-    """
+    past, so history goes without it (after P3's PES-Analytic): a bias of order sigma^2 at most."""
     check(weight, num_pairs, truncation, horizon, sigma)
     unroll = make_unroll(problem, truncation, cap)
     signs, whole = np.float32([1, -1] if sigma else [0]), not (varying or horizon % truncation)
@@ -162,13 +161,12 @@ def weights(weight, rp, es, dropped, variances, floor):
     w = v_es / (v_es + v_rp), of variances over the pairs: of this very sample, as in P1, biased
     where a sample doesn't show the variance; or running ones of earlier samples, independent of
     what they weigh. A meta-parameter that backprop is kept from has rp = 0, so w is near 1: ES
-    hardly moves it either. A pair whose rp was dropped [N] has w = 0.
+    hardly moves it either. A pair whose rp was dropped [N] gives ES alone.
     """
     if weight not in MERGING:
         return jnp.full((1, 1), weight), variances, {}
     there = jnp.logical_not(dropped)[:, None]
-    counted = jnp.where(there, rp, es)  # what such a pair gives
-    new = jnp.var(counted, 0, ddof=1), jnp.var(es, 0, ddof=1)
+    new = jnp.var(jnp.where(there, rp, es), 0, ddof=1), jnp.var(es, 0, ddof=1)
     v_rp, v_es = new if weight == "sample" else variances[:2]
     w = (v_es + floor) / (v_es + v_rp + 2 * floor)
     if weight == "running":
