@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax, nn, random
 
 from optimizers import bounded, careful, news
-from tensors import by_shape, each, in_order, mean, per_tensor, row, sizes
+from tensors import by_shape, each, in_order, mean, per_tensor, row, sizes, spread
 
 
 class LearnedOptimizer(NamedTuple):
@@ -164,8 +164,8 @@ def mlp(theta, units, layers, features, shared, shapes, bound):
     biases = told.T @ shared + b[:, None]  # [units, tensors]
     hidden, normal = [], []
     for x, bias in zip(by_shape(features, shapes), by_shape(biases, shapes, 1)):
-        scale = lax.rsqrt(1e-5 + mean(x * x))[..., None]
-        x = jnp.clip(x * scale, -bound, bound)
+        scale = lax.rsqrt(1e-5 + mean(x * x))
+        x = jnp.clip(x * spread(scale, x.shape[-1]), -bound, bound)
         normal.append(x)
         h = nn.relu(product(own, x) + bias)
         for i in range(1, layers):
@@ -278,7 +278,7 @@ def surprise(train, loss, least):
 def tensor_means(seen):
     """Of m, v, w [3, tensors], and of the squares of m, v, w, g [4, tensors]."""
     m, v, w, g = seen.m, seen.v, seen.w, seen.g
-    m1, v1, m2, v2 = (sum(x) / len(DECAYS) for x in (m, v, m * m, v * v))
+    m1, v1, m2, v2 = (mean(x.T) for x in (m, v, m * m, v * v))  # over the decays
     rows = jnp.stack([m1, v1, w, m2, v2, w * w, g * g])
     return jnp.split(per_tensor(by_shape(rows, seen.shapes)), [3])
 

@@ -51,6 +51,11 @@ def mean(x):
     return x @ np.full(n, 1 / max(n, 1), np.float32)
 
 
+def spread(x, n):
+    """[...] -> [..., n], all alike: going backward it is such a product, too."""
+    return x[..., None] @ np.ones((1, n), np.float32)
+
+
 def per_tensor(parts):
     """Means over each tensor's parameters: [F, count, size] of each shape -> [F, tensors]."""
     return jnp.concatenate([mean(part) for part in parts], -1)
