@@ -11,7 +11,6 @@ import argparse
 import functools
 import hashlib
 import itertools
-import json
 import os
 import signal
 import time
@@ -446,11 +445,8 @@ def main():
     print(f"a step takes {slower:.2f} times as long as Adam's ({1e6 * step['learned'][0]:.0f} us), "
           f"so in seconds it is {faster:.2f} times as fast; its state is {larger:.1f} times Adam's")
     try:
-        if o.json and Path(o.json).exists() and not Path(o.json).is_file():  # a pipe
-            Path(o.json).write_text(json.dumps(result, indent=2))
-        elif o.json:
-            with machine.whole(o.json) as partial:
-                Path(partial).write_text(json.dumps(result, indent=2))
+        if o.json:
+            machine.write_json(o.json, result)
         compare_picture(target, curves)
     except (OSError, ValueError) as error:  # a ValueError is matplotlib's
         parser.error(f"The comparison is done, but could not be written: {error}.")

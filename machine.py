@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import hashlib
+import json
 import os
 import sys
 import threading
@@ -121,7 +122,11 @@ def gathered(tree):
 
 @contextlib.contextmanager
 def whole(path):
-    """The name of a file to be written, which takes the place of `path` once it is complete."""
+    """The name of a file to be written, which takes the place of `path` once it is complete; of a
+    pipe, itself."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        yield path
+        return
     folder, name = os.path.split(path)
     partial = os.path.join(folder, f"partial-{name}")
     try:
@@ -132,6 +137,11 @@ def whole(path):
     finally:
         if os.path.exists(partial):
             os.remove(partial)
+
+
+def write_json(path, values):
+    with whole(path) as partial, open(partial, "w") as file:
+        json.dump(values, file, indent=2)
 
 
 def digest(arrays):

@@ -158,7 +158,7 @@ def make_outer(settings):
         outer = mover.optimizer(its_theta)
     cap = objective.OUTER_LOSSES[settings.outer_loss].cap
     longest = round(settings.truncation * (1 + settings.jitter))
-    varying = settings.jitter > 0 or settings.shortest < settings.truncation
+    varying = lengths(settings, jnp.int32(0), random.key(0)) is not None
     for name in settings.tasks:
         family = make_family(settings, name)
         pool = objective.make_pool(family, settings.num_tasks, settings.horizon, settings.target)
@@ -390,8 +390,7 @@ def finish(settings, folder, run):
         results[name] = evaluate.summary(curves)
         evaluate.print_summary(name, results[name])
         evaluate.compare_picture(folder / f"comparison-{name}.png", curves)
-    with machine.whole(folder / "table.json") as partial:
-        Path(partial).write_text(json.dumps(results, indent=2))
+    machine.write_json(folder / "table.json", results)
 
 
 def run_all(settings, folder, arrays, flags, deadline):

@@ -1,6 +1,8 @@
 """The comparison's arithmetic by hand; the command line as a user meets it."""
 import functools
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -70,6 +72,13 @@ def test_a_pool_holds_what_adam_reaches_at_its_best_rate_on_each_of_its_tasks():
         curves = np.array([plain_curve(key, rate, ["outer_valid"]) for rate in evaluate.RATES])
         lowest = np.min(curves[..., 0] / curves[:, :1, 0])
         np.testing.assert_allclose(best[i], min(lowest, 0.8), rtol=1e-3)
+
+
+def test_a_table_may_go_into_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
+    machine.write_json(tmp_path / "pipe", {"x": [1.5]})
+    assert json.loads(reader.communicate()[0]) == {"x": [1.5]}
 
 
 def test_the_baselines_settings():
