@@ -78,7 +78,7 @@ def test_a_table_may_go_into_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE)
     machine.write_json(tmp_path / "pipe", {"x": [1.5]})
-    assert json.loads(reader.communicate()[0]) == {"x": [1.5]}
+    assert json.loads(reader.communicate(timeout=600)[0]) == {"x": [1.5]}
 
 
 def test_the_baselines_settings():
