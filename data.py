@@ -38,7 +38,9 @@ def small_letters(pool):
     for split in SPLITS:
         shifts = (-1, 0, 1) if split == "train" else (0,)
         drawn = letters()[f"{pool}/{split}"]
-        moved = [np.roll(drawn, (i, j), (2, 3)) for i in shifts for j in shifts]
+        moved = [
+            np.roll(drawn, (i, j), (2, 3))
+            for i in shifts for j in shifts]
         means = block_means(np.concatenate(moved, 1), 2) / 255
         images[split] = np.float32(means).reshape(len(drawn), -1, 64)
     center = images["train"].mean((0, 1))

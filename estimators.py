@@ -18,9 +18,8 @@ where dL = L(theta + eps) - L(theta - eps), L is the mean loss of the truncation
 gradient (mean of both signs), eps ~ N(0, sigma^2), and xi the sum of the trajectory's earlier ones.
 Those that drop earlier truncations are biased when K < T. Both signs of a pair share everything
 random: task, initialisation, batches. The last truncation of an episode ends with it, and counts as
-much if that makes it short. Starts are staggered, so that the pairs together cover all of an
-episode. A trajectory resets inside the perturbed unroll, with its own theta, so that learned
-initial states receive their gradient. P1: Metz et al. 2019. P3: Vicol et al. 2021 (2112.13835).
+much if that makes it short. Starts are staggered over the episode. Resets are part of the unroll,
+so that learned initial states get a gradient. P1: Metz et al. 2019. P3: Vicol et al. 2021.
 """
 import functools
 from typing import Any, Callable, NamedTuple
@@ -166,7 +165,8 @@ def weights(weight, rp, es, dropped, variances, floor):
     if weight not in MERGING:
         return jnp.full((1, 1), weight), variances, {}
     there = jnp.logical_not(dropped)[:, None]
-    new = jnp.var(jnp.where(there, rp, es), 0, ddof=1), jnp.var(es, 0, ddof=1)
+    both = jnp.stack([jnp.where(there, rp, es), es])
+    new = jnp.var(both, 1, ddof=1)  # [2, P]
     v_rp, v_es = new if weight == "sample" else variances[:2]
     w = (v_es + floor) / (v_es + v_rp + 2 * floor)
     if weight == "running":

@@ -170,7 +170,8 @@ def tuned(curves, value):
 def steps_to(curves, losses):
     """The first measurement, after the start, where a curve is down to its loss, or inf: [n]."""
     reached = curves <= losses[:, None]
-    return np.where(reached.any(1), np.maximum(reached.argmax(1), 1), np.inf)
+    first = np.maximum(reached.argmax(1), 1)
+    return np.where(reached.any(1), first, np.inf)
 
 
 def speedups(learned, adam):
@@ -190,7 +191,8 @@ def speedups(learned, adam):
 
 def bootstrap(x):
     """The central 95% of the mean of x [n], if n of its entries are drawn anew -> [low, high]."""
-    means = np.random.default_rng(0).choice(x, (2000, len(x))).mean(1)
+    rng = np.random.default_rng(0)
+    means = rng.choice(x, (2000, len(x))).mean(1)
     return np.quantile(means, (0.025, 0.975)).tolist()
 
 
@@ -232,28 +234,35 @@ def summary(curves):
     test, start = learned[..., 1], learned[:, :, :1, 1:]
     finite = np.isfinite(learned).all((1, 2, 3))
     fine = finite & (test[:, 0, -1] <= test[:, 0, 0])
-    result = {"tasks": len(fine), "horizon": (test.shape[2] - 1) * EVERY,
-              "diverged": int((~fine).sum()), "tuned": {}, "off_the_shelf": {}, "versus": {}}
+    at_best, off_the_shelf, against = {}, {}, {}
     for name, c in curves.items():
         losses = c / start
-        result["tuned"][name] = losses_of(losses, lambda x: x.min(1))
-        result["off_the_shelf"][name] = losses_of(losses, lambda x: x[:, x.mean(0).argmin()])
+        at_best[name] = losses_of(losses, lambda x: x.min(1))
+        off_the_shelf[name] = losses_of(losses, lambda x: x[:, x.mean(0).argmin()])
         if name != "learned":
-            result["versus"][name] = versus(test, c[..., 1])
-    return result
+            against[name] = versus(test, c[..., 1])
+    return {
+        "tasks": len(fine),
+        "horizon": (test.shape[2] - 1) * EVERY,
+        "diverged": int((~fine).sum()),
+        "tuned": at_best,
+        "off_the_shelf": off_the_shelf,
+        "versus": against}
 
 
 def scores(family, mine, measured):
     """{name: [starts, settings, S]} -> {name: {score: (mean, lowest, highest) over the starts}}, on
     your own data, at the setting with the lowest mean test loss."""
     task = family.sample(random.key(0))
-    silent = tree.map(jnp.zeros_like, family.init(task, random.key(0)))
-    constant = jax.jit(family.measure)(task, silent | {"out/b": jnp.float32(mine.constant)})
-    table = {}
+    params = tree.map(jnp.zeros_like, family.init(task, random.key(0)))
+    params["out/b"] = jnp.float32(mine.constant)
+    constant = jax.jit(family.measure)(task, params)
+    units, table = list(mine.scores.values()), {}
     for name, x in {"best constant": constant[None, None], **measured}.items():
-        setting = np.nan_to_num(x[..., 0], nan=np.inf).mean(0).argmin()
-        x = np.float64(x[:, setting]).round(6) * list(mine.scores.values())
-        table[name] = {k: (v.mean(), v.min(), v.max()) for k, v in zip(mine.scores, x.T)}
+        losses = np.nan_to_num(x[..., 0], nan=np.inf).mean(0)
+        x = np.float64(x[:, losses.argmin()]).round(6) * units
+        ranges = zip(x.mean(0), x.min(0), x.max(0))
+        table[name] = dict(zip(mine.scores, ranges))
     return table
 
 
@@ -332,7 +341,9 @@ def picture(path, rows, looks, special={}):
         axis = figure.add_subplot(down, columns, 1 + i)
         for line, points in panels[panel].items():
             color = colors[line] = colors.get(line) or next(unused)
-            middle, low, high = ([f(ys) for ys in points.values()] for f in (np.median, min, max))
+            middle, low, high = (
+                [f(ys) for ys in points.values()]
+                for f in (np.median, min, max))
             xs, mark, span = list(points), "-", axis.fill_between
             if isinstance(xs[0], str):
                 mark, span = "o", axis.vlines
@@ -401,11 +412,13 @@ def command_line():
 
 
 def check_files(read, written):
-    for i, file in enumerate(written):
+    taken = {os.path.realpath(file) for file in read if file}
+    for file in filter(None, written):
         if not Path(file).parent.is_dir() or Path(file).is_dir():
             raise ValueError(f"{file} must be a file in a folder that is there.")
-        if os.path.realpath(file) in map(os.path.realpath, (*read, *written[:i])):
+        if os.path.realpath(file) in taken:
             raise ValueError(f"{file} is read or written already: choose another file to write to.")
+        taken.add(os.path.realpath(file))
 
 
 def main():
@@ -415,7 +428,7 @@ def main():
     try:
         learned, theta = model.load(o.theta, o.horizon)
         target = o.picture or Path(o.theta).with_name(f"comparison-{name}.png")
-        check_files([x for x in (o.theta, o.data) if x], [x for x in (target, o.json) if x])
+        check_files((o.theta, o.data), (target, o.json))
         if o.horizon % EVERY:
             raise ValueError(f"--horizon must be a multiple of {EVERY}, not {o.horizon}.")
         if name == "data":

@@ -122,11 +122,11 @@ def truncation_bias(seed):
         for truncation in (5, 20, 100, HORIZON):
             estimator, count = make(name, problem, truncation, HORIZON, 16), HORIZON // truncation
             for i in range(3):
-                gradients = descend(estimator, 2 * count, best, random.key(seed + i))[1]
+                _, gradients, _ = descend(estimator, 2 * count, best, random.key(seed + i))
                 push = -gradients[count:].mean()
                 yield "push on the log of Adam's rate against K", name, truncation, push
-        estimator, sgd = make(name, balancing, 1, 10 ** 7, 500), model.sgd(1e-4)
-        thetas = descend(estimator, 3000, np.float32(0.5), random.key(seed), sgd)[0]
+        estimator, start = make(name, balancing, 1, 10 ** 7, 500), np.float32(0.5)
+        thetas, _, _ = descend(estimator, 3000, start, random.key(seed), model.sgd(1e-4))
         steps, path = np.arange(0, 3000, 100), thetas[::100]
         yield "influence balancing against steps (best: -1/6)", name, steps, path
 
@@ -145,8 +145,9 @@ def unroll_variance(seed):
         for rate in (0.01, 0.3):
             theta = learned.init(key) | {"log_lr": jnp.float32(np.log(rate))}
             _, gradients, metrics = descend(estimator, 7, theta, key)
-            merged = sum(x[1:].var(0, ddof=1).sum() for x in gradients.values())
-            yield "variance against unrolled steps", f"merged, lr {rate}", length, 16 * merged
+            variances = (x[1:].var(0, ddof=1) for x in gradients.values())
+            y = 16 * sum(x.sum() for x in variances)
+            yield "variance against unrolled steps", f"merged, lr {rate}", length, y
             for term in ("rp", "es"):
                 y = metrics[f"variance_{term}"][1:].mean()
                 yield "variance against unrolled steps", f"{term}, lr {rate}", length, y
@@ -160,8 +161,8 @@ def history_variance(seed, counts=(1, 2, 4, 8, 16, 32, 64)):
             lambda theta, key: jnp.int32(0),
             lambda theta, t, key: (t + 1, theta[t] / s ** 0.5))
         estimator = make("pes", problem, 1, s, 1)
-        found = descend(estimator, s * 2001, jnp.zeros(64), random.key(seed))[1]
-        episode = found[s:].reshape(2000, s, 64).sum(1)
+        _, gradients, _ = descend(estimator, s * 2001, jnp.zeros(64), random.key(seed))
+        episode = gradients[s:].reshape(2000, s, 64).sum(1)
         yield "variance of PES against truncations", "measured", s, episode.var(0, ddof=1).sum()
         yield "variance of PES against truncations", "closed form", s, 32 * (s + 1) + 1
 
@@ -180,13 +181,16 @@ def linear_quadratic():
 
 def crossover(seed):
     """Truncated backprop errs by its bias alone; where does the noise of others outweigh that?"""
-    problem, theta, key = linear_quadratic(), jnp.array([0.4, -0.7, 0.5]), random.key(seed)
-    truth = descend(make("truncated_backprop", problem, 16, 16, 16), 1, theta, key)[1]
+    problem, key = linear_quadratic(), random.key(seed)
+    theta = jnp.array([0.4, -0.7, 0.5])
+    exact = make("truncated_backprop", problem, 16, 16, 16)
+    _, truth, _ = descend(exact, 1, theta, key)
     for name in ("truncated_backprop", "pes", "combined"):
         for n in (4, 64):
             for truncation in (1, 2, 4, 8):
                 estimator = make(name, problem, truncation, 16, n)
-                errors = (descend(estimator, 2001, theta, key)[1][201:] - truth) ** 2
+                _, gradients, _ = descend(estimator, 2001, theta, key)
+                errors = (gradients[201:] - truth) ** 2
                 yield "squared error", f"{name}, N = {n}", truncation, errors.sum(1).mean()
 
 
@@ -238,8 +242,10 @@ ADAM = {"Adam": evaluate.BASELINES["Adam"]}
 def against_adam(value, *how):
     """The value of test losses over tuned Adam's, at most ten times that (geometric mean over
     tasks), and the share of tasks where it is lower."""
-    adam, mine = (evaluate.best(c[..., 1], value) for c in compare(*how, ADAM).values())
-    return np.exp(np.log(np.minimum(mine / adam, 10)).mean()), (mine < adam).mean()
+    curves = compare(*how, ADAM).values()
+    adam, mine = (evaluate.best(c[..., 1], value) for c in curves)
+    ratios = np.minimum(mine / adam, 10)
+    return np.exp(np.log(ratios).mean()), (mine < adam).mean()
 
 
 def ratios(count, seed, runs, clock, looks, cases):
@@ -402,7 +408,8 @@ def wall_clock(seed, path):
     costs = evaluate.costs(family, optimizers | {"learned": learned.optimizer(theta)}, 20)
     for name, c in compare(family, learned, theta, 4, HORIZON, seed).items():
         tests = evaluate.tuned(c[..., 1], evaluate.final_loss)  # [starts, points]
-        x = np.float32(costs[name][0] * EVERY) * np.arange(tests.shape[1], dtype=np.float32)
+        seconds, _ = costs[name]
+        x = np.float32(seconds * EVERY * np.arange(tests.shape[1]))
         yield "test loss of a conv net against seconds", name, x, tests
 
 
@@ -411,7 +418,8 @@ def own_data(seed, path, families):
     for each start and, at the end, at the one that is best for all. Test losses over their start,
     at least 0.02; geometric means over starts."""
     def over_starts(losses):  # [starts, ..., points]
-        return np.exp(np.log(np.maximum(losses / losses[..., :1], 0.02)).mean(0))
+        relative = np.maximum(losses / losses[..., :1], 0.02)
+        return np.exp(np.log(relative).mean(0))
 
     baselines = {name: evaluate.BASELINES[name] for name in ("Adam + cosine", "Muon + cosine")}
     ends = []
@@ -422,7 +430,8 @@ def own_data(seed, path, families):
             yield f"{name}: test loss", line, EVERY * np.arange(len(y)), y
             ends.append((line, name, y[-1]))
             if line in baselines:
-                ends.append((f"{line}, one rate", name, np.nanmin(over_starts(c[..., 1])[:, -1])))
+                at_each_rate = over_starts(c[..., 1])[:, -1]
+                ends.append((f"{line}, one rate", name, np.nanmin(at_each_rate)))
     adam = {name: end for line, name, end in ends if line == "Adam + cosine"}
     for line, name, end in ends:
         yield "final test loss / that of Adam + cosine", line, name, end / adam[name]

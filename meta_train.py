@@ -145,8 +145,8 @@ def lengths(settings, step, key):
     if first == last and not j:
         return None
     key = random.fold_in(key, step.astype(jnp.uint32) + jnp.uint32(2 ** 31))  # no step is so late
-    drawn = mean * random.uniform(key, (settings.num_pairs,), minval=1 - j, maxval=1 + j)
-    return jnp.maximum(jnp.round(drawn), 1).astype(int)
+    shares = random.uniform(key, (settings.num_pairs,), minval=1 - j, maxval=1 + j)
+    return jnp.maximum(jnp.round(mean * shares), 1).astype(int)
 
 
 def make_outer(settings):
@@ -207,7 +207,8 @@ def updates(settings, run, outer_steps):
     """Yields (Run, row of numbers) after each outer step; the families take turns."""
     key = random.key(settings.seed)
     while True:
-        name, before = settings.tasks[int(run.step) % len(settings.tasks)], time.monotonic()
+        name = settings.tasks[int(run.step) % len(settings.tasks)]
+        before = time.monotonic()
         run, row = outer_steps[name](run, key)
         row = {k: x.item() for k, x in jax.device_get(row).items()}
         yield run, {"family": name} | row | {"seconds": time.monotonic() - before}
@@ -300,7 +301,9 @@ def save(settings, folder, run, rows):
         writer.writerows(rows)
     panels = {"smoothed": dict(title="outer loss, running mean"),
               "gradient": dict(title="norm of the meta-gradient", yscale="log")}
-    lines = [(name, row["family"], row["step"], row[name]) for name in panels for row in rows]
+    lines = [
+        (name, row["family"], row["step"], row[name])
+        for name in panels for row in rows]
     evaluate.picture(folder / "curves.png", lines, {"xlabel": "outer step"}, panels)
     return run
 
@@ -322,10 +325,12 @@ def restore(folder, arrays, fresh):
     """The Run in a checkpoint, shaped like `fresh`."""
     like, treedef = tree.flatten(fresh)
     leaves = [arrays.get(f"leaf{i:04}", np.zeros(0)) for i in range(len(like))]
-    if any((x.shape, x.dtype) != (y.shape, y.dtype) for x, y in zip(leaves, like)):
-        raise ValueError(f"{folder} was written by another version of this program; it can be "
-                         "evaluated but not resumed.")
-    return treedef.unflatten([jax.device_put(x, y.sharding) for x, y in zip(leaves, like)])
+    for i, (x, y) in enumerate(zip(leaves, like)):
+        if (x.shape, x.dtype) != (y.shape, y.dtype):
+            raise ValueError(f"{folder} was written by another version of this program; it can be "
+                             "evaluated but not resumed.")
+        leaves[i] = jax.device_put(x, y.sharding)
+    return treedef.unflatten(leaves)
 
 
 # ---------------------------------------------------------------- the command line
@@ -416,7 +421,8 @@ def run_all(settings, folder, arrays, flags, deadline):
     run, rows = start(random.key(settings.seed)), []
     if arrays:
         run, rows = restore(folder, arrays, run), json.loads(str(arrays["log"]))
-    count, devices = sum(x.size for x in run.theta.values()), run.step.sharding.device_set
+    count = sum(x.size for x in run.theta.values())
+    devices = run.step.sharding.device_set
     print(f"{folder}: {settings}\n{count} meta-parameters, pairs on {len(devices)} devices")
     run = train(settings, folder, run, rows, outer_steps, deadline, together)
     if jax.process_index() == 0:  # what follows is not shared

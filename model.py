@@ -76,7 +76,8 @@ def anchored_step(pace, steered_by=()):
         def one(h, x, adam, steer, slow):
             hidden_d, hidden_a = product(w, h)
             direct = of_d[:, None] + jnp.tanh(steer[1:, :, 0])
-            d = hidden_d - mean(hidden_d)[:, None] + jnp.einsum("fc,fcn->cn", direct, x[:odd])
+            d = hidden_d - mean(hidden_d)[:, None]
+            d += jnp.einsum("fc,fcn->cn", direct, x[:odd])
             a = hidden_a + jnp.tensordot(of_a, x, 1) + steer[0]
             return -slow * jnp.exp(log_lr + jnp.minimum(a, 1.0)) * (adam + d)
 
@@ -92,7 +93,8 @@ def count(which, shapes, axis):
     [tensors]. Units are the last dimension, inputs all others."""
     counts = []
     for shape, x in zip(dict.fromkeys(shapes), by_shape(which, shapes)):
-        x = x.reshape(len(x), math.prod(shape[:-1]), math.prod(shape[-1:]))
+        inputs, units = math.prod(shape[:-1]), math.prod(shape[-1:])
+        x = x.reshape(len(x), inputs, units)
         counts.append(jnp.sum(jnp.any(x, axis), 1))
     return jnp.concatenate(counts)
 
@@ -137,8 +139,8 @@ def signal_to_noise(seen, scale=10):
 def generalisation_gap(train, valid):
     """How far the running validation loss lies above the running training loss, in e-folds, within
     +-3. With it, losses deviate by 2% of the first one at least (Form.least)."""
-    gap = jnp.log((jnp.abs(valid) + 1e-6) / (jnp.abs(train) + 1e-6))
-    return (jnp.clip(gap, -3, 3),)
+    train, valid = (jnp.abs(x) + 1e-6 for x in (train, valid))
+    return (jnp.clip(jnp.log(valid / train), -3, 3),)
 
 
 def lstm_time_losses(seen):
@@ -217,8 +219,9 @@ def known(name, **arguments):
 def made(name, **arguments):
     """The one LearnedOptimizer of these arguments, with defaults told or not, in any order."""
     signature = inspect.signature(LEARNED[name])
-    told = signature.bind(**arguments).arguments.items()
-    return LEARNED[name](**{k: x for k, x in told if x != signature.parameters[k].default})
+    told = signature.bind(**arguments).arguments
+    defaults = {k: signature.parameters[k].default for k in told}
+    return LEARNED[name](**{k: x for k, x in told.items() if x != defaults[k]})
 
 
 # ---------------------------------------------------------------- on disk
@@ -228,8 +231,9 @@ def save(path, name, theta, longer={}, **facts):
     `sizes` holds the arguments the optimizer was made with; the rest, what it learned from. Of
     `longer`, see `join`."""
     arrays = {"about": json.dumps({"name": name, "sizes": {}, **facts})}
-    for prefix, arrays_of in ("theta/", theta), ("longer/", longer):
-        arrays |= {prefix + k: np.asarray(x, np.float32) for k, x in arrays_of.items()}
+    for prefix, numbers in ("theta/", theta), ("longer/", longer):
+        for k, x in numbers.items():
+            arrays[prefix + k] = np.asarray(x, np.float32)
     machine.write_npz(path, arrays)
 
 
@@ -266,16 +270,21 @@ def load(path, horizon=None):
             share = float(np.interp(np.log(here["horizon"]), ends, (0, 1)))
     except (KeyError, TypeError, ValueError, ArithmeticError):
         raise ValueError(f"{path} holds an optimizer this version doesn't know: {facts}.") from None
-    alike = all(theta.keys() == wanted.keys() and all(
-        (x.shape, x.dtype) == (wanted[k].shape, wanted[k].dtype) and np.isfinite(x).all()
-        for k, x in theta.items()) for theta in thetas)
-    if not alike:
+    if not all(fits(theta, wanted) for theta in thetas):
         raise ValueError(f"{path} holds meta-parameters that do not fit a {name} of {arguments}, "
                          "or are not finite.")
     theta, *longer = thetas
     for far in longer:
         theta = tree.map(lambda x, y: x + share * (y - x), theta, far)
     return found, tree.map(jnp.asarray, theta)
+
+
+def fits(theta, wanted):
+    """Whether it has those names, shapes and types, and all numbers are finite."""
+    found, wanted = (
+        {k: (x.shape, x.dtype) for k, x in arrays.items()}
+        for arrays in (theta, wanted))
+    return found == wanted and all(np.isfinite(x).all() for x in theta.values())
 
 
 def part(arrays, prefix):

@@ -134,7 +134,8 @@ def adam_direction(t, g, m, v, b1, b2, eps=1e-8, nesterov=False):
     v = b2 * v + (1 - b2) * g * g
     m_hat = m / (1 - b1 ** (t + 1))
     if nesterov:
-        m_hat = b1 * m / (1 - b1 ** (t + 2)) + (1 - b1) * g / (1 - b1 ** (t + 1))
+        ahead = b1 * m / (1 - b1 ** (t + 2))
+        m_hat = ahead + (1 - b1) * g / (1 - b1 ** (t + 1))
     v_hat = v / (1 - b2 ** (t + 1))
     return m_hat / (jnp.sqrt(v_hat) + eps), m, v
 
@@ -231,7 +232,8 @@ def remember(record, loss, params):
     back = (k > 2) & (low - best > 4.25 * sigma + 0.1 * jnp.abs(first))
     mean = jnp.where(back, best, mean)  # it begins anew
     latest = jnp.where(back, best, jnp.stack([last, new]))
-    return Record(loss, k + 1, latest, noise, mean, first, best, kept, record.returns + back), back
+    returns = record.returns + back
+    return Record(loss, k + 1, latest, noise, mean, first, best, kept, returns), back
 
 
 def bounded(loss, center, limit):

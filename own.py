@@ -40,7 +40,8 @@ def column(cells):
     """Float64 where all are numbers (or missing: NaN), else text as it is."""
     try:
         plain = (cell.replace("_", "x") for cell in cells)  # Python takes 1_1 for 11
-        return np.array([float(WORDS.get(cell.strip().lower(), cell)) for cell in plain])
+        told = (WORDS.get(cell.strip().lower(), cell) for cell in plain)
+        return np.array([float(cell) for cell in told])
     except ValueError:
         return np.array(cells)
 
@@ -130,8 +131,9 @@ def named(arrays):
         require(role not in found, f"Another array means the same as {name}: rename the one that "
                 "is not meant.")
         found[role] = array
-    x, y = ({part: found[kind, part] for part in ("train", "val", "test") if (kind, part) in found}
-            for kind in "xy")
+    x, y = (
+        {part: found[kind, part] for part in ("train", "val", "test") if (kind, part) in found}
+        for kind in "xy")
     require("train" in x and x.keys() == y.keys(), "There must be x_train and y_train, and x_test "
             f"and y_test or neither; there are {', '.join(arrays) or 'no arrays'}.")
     if "test" not in x and "val" in x:
@@ -169,7 +171,8 @@ def inputs(x):
 
 def outputs(y):
     """-> all y together: [n] labels from 0 or [n, T] float64 targets; classes; what to say."""
-    seen, y = len(y["train"]), [a.reshape(len(a), -1) for a in y.values()]
+    seen = len(y["train"])
+    y = [a.reshape(len(a), -1) for a in y.values()]
     require(len({(a.shape[1], a.dtype.kind in "US") for a in y}) == 1,
             "All y must be alike: labels, or as many targets.")
     wanted = "y must hold finite numbers, or one word for each row: leave out rows without."
@@ -206,8 +209,8 @@ def split(sizes):
     What is not given is drawn from the training rows: a tenth of them for the test, of the others
     two tenths to validate. The optimizer is told of all those: nothing is meta-trained here.
     """
-    ends = np.cumsum(list(sizes.values()))
-    rows = dict(zip(sizes, np.split(np.arange(ends[-1]), ends[:-1])))
+    *ends, total = np.cumsum(list(sizes.values()))
+    rows = dict(zip(sizes, np.split(np.arange(total), ends)))
     train = np.random.default_rng(0).permutation(rows["train"])
     for part, tenths in {"test": 1, "val": 2}.items():
         if part not in rows:
@@ -227,7 +230,8 @@ def moments(x, rows, axis):
     """
     def over(f, of=np.positive):
         chunks = np.array_split(rows, -(-len(rows) // 256))
-        return f.reduce([f.reduce(of(np.float64(x[i])), axis, keepdims=True) for i in chunks])
+        found = (of(np.float64(x[chunk])) for chunk in chunks)
+        return f.reduce([f.reduce(chunk, axis, keepdims=True) for chunk in found])
 
     high, low = over(np.fmax), over(np.fmin)
     peak = np.fmax(abs(high), abs(low))

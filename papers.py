@@ -53,7 +53,8 @@ def learned(init_state, update):
 
     def init(key):
         asked, theta = {}, {}
-        one, shapes, nothing = jnp.zeros(1), [(1, 1)], jnp.float32(jnp.nan)
+        one, shapes = jnp.zeros(1), [(1, 1)]
+        nothing = jnp.float32(jnp.nan)
 
         def note(name, shape, spread=0.0, middle=0.0):
             asked[name] = shape, np.float32(spread), np.float32(middle)
@@ -87,12 +88,15 @@ def matmul(w, x):
     return lax.optimization_barrier(w.T) @ x
 
 
-matmul.defvjp(lambda w, x: (matmul(w, x), (w, x)), lambda kept, g: (kept[1] @ g.T, kept[0] @ g))
+matmul.defvjp(
+    lambda w, x: (matmul(w, x), (w, x)),
+    lambda kept, g: (kept[1] @ g.T, kept[0] @ g))
 
 
 def product(w, x):
     """[inputs, outputs], [inputs, ...] -> [outputs, ...]."""
-    return matmul(w, lax.collapse(x, 1)).reshape(w.shape[1], *x.shape[1:])
+    found = matmul(w, lax.collapse(x, 1))
+    return found.reshape(w.shape[1], *x.shape[1:])
 
 
 def dense(theta, name, x, outputs):
@@ -261,7 +265,8 @@ def observe(average, loss, decay):
     loss = bounded(told, unbiased(mean, decay, count), 30 * deviation)
     mean = decay * mean + (1 - decay) * loss
     variance = decay * variance + (1 - decay) * (mean - loss) ** 2
-    after = jnp.stack([mean, variance, count + 1, told, jnp.where(count > 0, first, told)])
+    first = jnp.where(count > 0, first, told)
+    after = jnp.stack([mean, variance, count + 1, told, first])
     return jnp.where(there, after, average)
 
 
@@ -328,12 +333,12 @@ def loss_features(state, losses, form):
     loss, valid_loss = losses
     train = observe(state.train, loss, TRAIN_DECAY)
     valid = observe(state.valid, valid_loss, form.valid_decay)
-    low, high = (
-        unbiased(mean, decay, count)
-        for (mean, _, count, *_), decay in ((train, TRAIN_DECAY), (valid, form.valid_decay)))
+    low = unbiased(train[0], TRAIN_DECAY, train[2])
+    high = unbiased(valid[0], form.valid_decay, valid[2])
     of_train = surprise(train, loss, form.least)
     of_valid = jnp.stack([surprise(train, high, form.least), *form.gap(low, high)])
-    of_valid = jnp.where((train[2] > 0) & (valid[2] > 0), of_valid, 0.0)
+    both = (train[2] > 0) & (valid[2] > 0)
+    of_valid = jnp.where(both, of_valid, 0.0)
     return train, valid, jnp.concatenate([of_train[None], of_valid])
 
 
@@ -383,13 +388,14 @@ def p2(lstm=64, units=32, form=Form(bound=5.0)):
             state.feedback)
         h, c = lstm_cell(theta, "lstm", jnp.concatenate(known), state.h, state.c)
         rests = form.time(t - 1) == seen.time
-        h, c = jnp.where(rests, state.h, h), jnp.where(rests, state.c, c)
+        h = jnp.where(rests, state.h, h)
+        c = jnp.where(rests, state.c, c)
         seen = seen._replace(h=h)
 
         odd = jnp.concatenate([parameter_features(seen), *(f(seen) for f in form.mlp_inputs)])
-        even = jnp.log(jnp.abs(w)[None] + 1e-8), seen.v, lax.rsqrt(seen.v + 1e-6)
+        log_w = jnp.log(jnp.abs(w)[None] + 1e-8)
+        features = jnp.concatenate([odd, log_w, seen.v, lax.rsqrt(seen.v + 1e-6)])
         shared = joined(dense(theta, "condition", h, CONDITION), tensor_facts(squares, seen))
-        features = jnp.concatenate([odd, *even])
         hidden, features = mlp(theta, units, 2, features, shared, shapes, form.bound)
         change = form.step(theta, hidden, features, len(odd), seen)
 

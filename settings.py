@@ -99,7 +99,8 @@ class Settings:
 def whole_settings(chosen):
     """The Settings in which some were chosen. ValueError if they don't go together."""
     wanted = RECIPES[chosen.get("recipe", "ours")] | chosen
-    suited, horizon = SUITED.get(wanted.get("estimator"), {}), wanted.get("horizon", model.HORIZON)
+    suited = SUITED.get(wanted.get("estimator"), {})
+    horizon = wanted.get("horizon", model.HORIZON)
     others = suited | {"truncation": min(suited.get("truncation", horizon), horizon)}
     for name in wanted.get("without", ()):
         others |= LEFT_OUT.get(name, {})

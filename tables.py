@@ -94,8 +94,9 @@ def table_tasks(pool):
             a=masked(useful[:, None], a),
             b=random.normal(keys[4], (16, CLASSES)))
         says = told(made, task, jnp.arange(512))
-        b = task["b"] / jnp.std(says, 0, keepdims=True)
-        return task | dict(b=b, middle=jnp.mean(says, 0) / jnp.std(says, 0))
+        deviation = jnp.std(says, 0)
+        b = task["b"] / deviation[None]
+        return task | dict(b=b, middle=jnp.mean(says, 0) / deviation)
 
     def batch(task, key, split):
         row = picked(task, split, random.uniform(key, (BATCH,)))
@@ -103,7 +104,8 @@ def table_tasks(pool):
         kinds = jnp.broadcast_to(task["kinds"], x.shape)
         x = lax.select_n(kinds, *(f(x) for f in COLUMNS))
         x = jnp.clip(x, -10, 10)
-        says = told(made, task, row) - task["middle"][None] + task["luck"] * made.luck[row]
+        says = told(made, task, row) - task["middle"][None]
+        says += task["luck"] * made.luck[row]
         target = says[:, 0] * lax.rsqrt(1 + task["luck"] ** 2)
         falling = task["rare"] * jnp.arange(CLASSES) / (task["classes"] - 1)
         there = first(task["classes"], CLASSES)[None]

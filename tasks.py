@@ -126,7 +126,8 @@ def letter_tasks(pool, max_batch, ranges):
 
     def batch(task, key, split):
         u = random.uniform(key, (3, max_batch))
-        y, example = (u[0] * CLASSES).astype(int), pick(task, split, u[1])
+        y = (u[0] * CLASSES).astype(int)
+        example = pick(task, split, u[1])
         x = images[split][task["classes"][y], example]
         grain = noise[(u[2] * len(noise)).astype(int)]
         x = (x + task["input_noise"] * grain) * task["input_scale"]
@@ -242,7 +243,8 @@ def conv_loss(task, params, batch):
     mean = jnp.mean(h, 1, where=there, keepdims=True)
     most = jnp.max(h, 1, where=there, keepdims=True, initial=-jnp.inf)
     h = jnp.where(head == 0, h, jnp.where(head == 1, mean, most))  # [B, 16, channels]
-    return cross_entropy(dense(params, "out", masked(read, h).reshape(len(x), -1)), y, real)
+    h = masked(read, h).reshape(len(x), -1)
+    return cross_entropy(dense(params, "out", h), y, real)
 
 
 @functools.cache
@@ -353,8 +355,9 @@ def rnn_loss(task, params, batch):
     x = dense(params, "x", x)  # [B, length, 4 width]
 
     def step(state, x):
-        gates = jnp.split(x, 4, 1), jnp.split(state[0] @ params["h"], 4, 1)
-        state = lax.switch(task["core"], CORES, *gates, *state)
+        of_input = jnp.split(x, 4, 1)
+        of_state = jnp.split(state[0] @ params["h"], 4, 1)
+        state = lax.switch(task["core"], CORES, of_input, of_state, *state)
         h, c = (masked(task["width"], x) for x in state)
         return (h, c), h
 
