@@ -90,9 +90,9 @@ def estimator(problem, *, weight, history, num_pairs, truncation, horizon, sigma
         rows = state, over, cut, eps, keys[:, 1]
         L, rp, state, counts = machine.over_devices(pair, num_pairs)(theta, rows)
         dL = (L[:, 0] - L[:, -1])[:, None]  # [N, 1]
-        es, past = (dL * noise / (2 * variance) for noise in (eps, xi))
+        es = dL * eps / (2 * variance)
         w, variances, metrics = weights(weight, rp, es, counts["dropped"], variances, floor)
-        past -= jnp.sum(eps * w * rp, 1, keepdims=True) * xi / variance
+        past = (dL - 2 * jnp.sum(eps * w * rp, 1, keepdims=True)) * xi / (2 * variance)
         gradient = jnp.mean(w * rp + (1 - w) * es + past, 0)
         metrics |= {"loss": jnp.mean(L)} | tree.map(jnp.sum, counts)
         if history:
@@ -137,19 +137,19 @@ def run_pair(unroll, unravel, signs, differentiate, clip, theta, row):
     (None: all K), eps [P] and the key that both share."""
     state, over, taken, eps, key = row
 
-    def mean_loss(thetas):
+    def mean_loss(theta):
         def one(sign):
-            theta, state = sign
-            return unroll(unravel(theta), state, over, taken, key)
+            moved, state = sign
+            return unroll(unravel(moved), state, over, taken, key)
 
+        thetas = theta[None] + signs[:, None] * eps[None]
         losses, states, capped = machine.over_rows(one, (thetas, state))
         return jnp.mean(losses), (losses, states, jnp.sum(capped))
-    thetas = theta[None] + signs[:, None] * eps[None]
     if differentiate:
-        gradients, (losses, states, capped) = jax.grad(mean_loss, has_aux=True)(thetas)
-        rp, dropped = clip_norm(jnp.sum(gradients, 0), clip)
+        gradient, (losses, states, capped) = jax.grad(mean_loss, has_aux=True)(theta)
+        rp, dropped = clip_norm(gradient, clip)
     else:
-        losses, states, capped = mean_loss(thetas)[1]
+        losses, states, capped = mean_loss(theta)[1]
         rp, dropped = jnp.zeros_like(theta), 0
     return losses, rp, states, {"capped": capped, "dropped": dropped}
 
@@ -170,10 +170,10 @@ def weights(weight, rp, es, dropped, variances, floor):
     v_rp, v_es = new if weight == "sample" else variances[:2]
     w = (v_es + floor) / (v_es + v_rp + 2 * floor)
     if weight == "running":
-        count = variances[2]
+        *old, count = variances
         w = jnp.where(count > 0, w, 0.0)
         forget = jnp.where(count > 0, FORGET, 0.0)
-        average = (forget * old + (1 - forget) * x for old, x in zip(variances, new))
+        average = (forget * before + (1 - forget) * x for before, x in zip(old, new))
         variances = *average, count + 1
     return jnp.where(there, w[None], 0), variances, {
         "weight": jnp.mean(w),

@@ -101,9 +101,12 @@ def runs(family, make_optimizer, settings, keys, horizon, shared=()):
     settings: a pytree of arrays [h, ...]; make_optimizer(one of them) -> Optimizer.
     """
     def at_each(given, key):
+        settings, shared = given
+
         def at(setting):
-            return run(family, make_optimizer(setting), key, horizon, given[1])
-        return machine.over_rows(at, given[0])
+            return run(family, make_optimizer(setting), key, horizon, shared)
+
+        return machine.over_rows(at, settings)
 
     return machine.over_devices(at_each, len(keys), alone=True)((settings, shared), keys)
 

@@ -226,12 +226,11 @@ def progress(seed, runs, clock, looks, cases, **common):
             settings = whole_settings(common | options | {"seed": seed + i})
             start, outer_steps = meta_train.make_outer(settings)
             run = start(random.key(settings.seed))
-            updates = partial(meta_train.updates, settings, run, outer_steps)
-            next(updates())  # compiles, which doesn't count
-            found, spent = updates(), 0
+            meta_train.advance(settings, run, outer_steps)  # compiles, which doesn't count
+            spent = 0
             for x in looks:
                 while spent < x:
-                    run, row = next(found)
+                    run, row = meta_train.advance(settings, run, outer_steps)
                     spent += row.get(clock, 1)
                 yield line, x, settings, jax.device_get(run)
 
@@ -242,8 +241,8 @@ ADAM = {"Adam": evaluate.BASELINES["Adam"]}
 def against_adam(value, *how):
     """The value of test losses over tuned Adam's, at most ten times that (geometric mean over
     tasks), and the share of tasks where it is lower."""
-    curves = compare(*how, ADAM).values()
-    adam, mine = (evaluate.best(c[..., 1], value) for c in curves)
+    curves = compare(*how, ADAM)
+    adam, mine = (evaluate.best(curves[k][..., 1], value) for k in ("Adam", "learned"))
     ratios = np.minimum(mine / adam, 10)
     return np.exp(np.log(ratios).mean()), (mine < adam).mean()
 

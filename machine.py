@@ -37,7 +37,7 @@ def configure_jax(devices=None):
 def sharding(n, alone=False):
     """How to lay out n rows (a multiple of the number of processes) over devices.
 
-    Each process gives the same number of its own, as many as divide n; `alone`, only this one does.
+    Each process gives equally many, the most that divide n; `alone`, only this one gives any.
     """
     processes = [jax.local_devices(i) for i in range(jax.process_count())]
     if alone:

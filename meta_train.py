@@ -2,7 +2,7 @@
 tuned Adam.
 
 The loop is in `train`: save now and then, and take the next outer step. From there to the maths of
-one: `updates`, `outer_step`, and in estimators.py `estimate`, `run_pair`, `unroll`.
+one: `advance`, `outer_step`, and in estimators.py `estimate`, `run_pair`, `unroll`.
 """
 import argparse
 import contextlib
@@ -203,15 +203,13 @@ def begun(settings):
     return with_steps(1 / caution, theta)
 
 
-def updates(settings, run, outer_steps):
-    """Yields (Run, row of numbers) after each outer step; the families take turns."""
-    key = random.key(settings.seed)
-    while True:
-        name = settings.tasks[int(run.step) % len(settings.tasks)]
-        before = time.monotonic()
-        run, row = outer_steps[name](run, key)
-        row = {k: x.item() for k, x in jax.device_get(row).items()}
-        yield run, {"family": name} | row | {"seconds": time.monotonic() - before}
+def advance(settings, run, outer_steps):
+    """-> (Run, row of numbers) after the next outer step; the families take turns."""
+    name = settings.tasks[int(run.step) % len(settings.tasks)]
+    before = time.monotonic()
+    run, row = outer_steps[name](run, random.key(settings.seed))
+    row = {k: x.item() for k, x in jax.device_get(row).items()}
+    return run, {"family": name} | row | {"seconds": time.monotonic() - before}
 
 
 def train(settings, folder, run, rows, outer_steps, deadline=np.inf,
@@ -223,7 +221,7 @@ def train(settings, folder, run, rows, outer_steps, deadline=np.inf,
     was stopped; ValueError after PATIENCE steps in a row that nothing finite came of: what is on
     disk is then from before them.
     """
-    found, saved, fruitless = updates(settings, run, outer_steps), time.monotonic(), 0
+    saved, fruitless = time.monotonic(), 0
     print("  step family         loss smoothed gradient capped dropped  s/step   left")
     with stop_signals() as stops:
         while True:
@@ -238,7 +236,7 @@ def train(settings, folder, run, rows, outer_steps, deadline=np.inf,
                 if due:
                     save(settings, folder, run, rows)
                     saved = time.monotonic()
-                run, row = next(found)
+                run, row = advance(settings, run, outer_steps)
             rows.append(row)
             report(settings, row, deadline)
             fruitless = 0 if row["gradient"] > 0 else fruitless + 1
@@ -325,12 +323,11 @@ def restore(folder, arrays, fresh):
     """The Run in a checkpoint, shaped like `fresh`."""
     like, treedef = tree.flatten(fresh)
     leaves = [arrays.get(f"leaf{i:04}", np.zeros(0)) for i in range(len(like))]
-    for i, (x, y) in enumerate(zip(leaves, like)):
+    for x, y in zip(leaves, like):
         if (x.shape, x.dtype) != (y.shape, y.dtype):
             raise ValueError(f"{folder} was written by another version of this program; it can be "
                              "evaluated but not resumed.")
-        leaves[i] = jax.device_put(x, y.sharding)
-    return treedef.unflatten(leaves)
+    return treedef.unflatten([jax.device_put(x, y.sharding) for x, y in zip(leaves, like)])
 
 
 # ---------------------------------------------------------------- the command line
@@ -378,7 +375,7 @@ def parse(parser):
 
 
 def check_processes(flags):
-    alone = flags.processes is flags.process is None
+    alone = flags.processes is None and flags.process is None
     port = flags.coordinator.rpartition(":")[2]
     fine = alone and flags.coordinator in ("", "auto")
     if not fine and not (port.isdigit() and flags.process in range(flags.processes or 0)):

@@ -35,7 +35,7 @@ def directions(seen):
 
 
 def relative_time(horizon, t):
-    """HORIZON steps in any training; then it stands still."""
+    """Steps of a training, as if it took HORIZON of them; after its end the time stands still."""
     return jnp.minimum(t, horizon) * (HORIZON / horizon)
 
 
@@ -176,10 +176,9 @@ def ours(paper, horizon, without, steered_by=()):
     if "generalisation_gap" not in without:
         form = form._replace(gap=generalisation_gap, least=0.02)
     if "signal_to_noise" not in without:
-        signals = functools.partial(signal_to_noise, scale=1)
-        form = form._replace(lstm_inputs=(*form.lstm_inputs, signals))
+        form = form._replace(lstm_inputs=(functools.partial(signal_to_noise, scale=1),))
     if "orthogonal_momentum" not in without:
-        form = form._replace(mlp_inputs=(*form.mlp_inputs, orthogonal_momentum))
+        form = form._replace(mlp_inputs=(orthogonal_momentum,))
     if "relative_time" not in without:
         time = functools.partial(relative_time, horizon)
         form = form._replace(time=time, valid_decay=0.8)
@@ -273,18 +272,17 @@ def load(path, horizon=None):
     if not all(fits(theta, wanted) for theta in thetas):
         raise ValueError(f"{path} holds meta-parameters that do not fit a {name} of {arguments}, "
                          "or are not finite.")
-    theta, *longer = thetas
-    for far in longer:
-        theta = tree.map(lambda x, y: x + share * (y - x), theta, far)
+    theta = thetas[0]
+    if "longest" in facts:
+        theta = tree.map(lambda x, far: x + share * (far - x), *thetas)
     return found, tree.map(jnp.asarray, theta)
 
 
 def fits(theta, wanted):
     """Whether it has those names, shapes and types, and all numbers are finite."""
-    found, wanted = (
-        {k: (x.shape, x.dtype) for k, x in arrays.items()}
-        for arrays in (theta, wanted))
-    return found == wanted and all(np.isfinite(x).all() for x in theta.values())
+    alike = theta.keys() == wanted.keys() and all(
+        (x.shape, x.dtype) == (wanted[k].shape, wanted[k].dtype) for k, x in theta.items())
+    return alike and all(np.isfinite(x).all() for x in theta.values())
 
 
 def part(arrays, prefix):

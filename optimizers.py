@@ -262,8 +262,8 @@ def going_back(optimizer):
         loss = losses["valid_loss"]
         record, back = lax.cond(
             news(loss, record.count, record.told),
-            remember, lambda record, *_: (record, False),
-            record, loss, params)
+            lambda: remember(record, loss, params),
+            lambda: (record, False))
         brake = jnp.exp(-BRAKE * record.returns)
 
         def move(u, p, best):

@@ -270,7 +270,7 @@ def understood(arrays):
         require(all(varies), "A target is the same in all training or test rows: leave it out.")
         constant, scores = y[rows["test"]].mean(0), {"test loss": 1, "R^2": 1}
         for i, unit in enumerate(1 / inverse[0]):
-            scores["RMSE" + f" {i + 1}" * (len(constant) > 1)] = unit
+            scores[f"RMSE {i + 1}" if len(constant) > 1 else "RMSE"] = unit
     said = f"{counts}; {size}; {kinds}" + f"; ignored: {', '.join(others)}" * bool(others)
     return Understood(said, dict(x=x, y=y, rows=rows), scale, classes, constant, scores)
 

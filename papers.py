@@ -1,5 +1,5 @@
-"""The papers' two learned optimizers, whole: functions from meta-parameters theta to an optimizer
-like any other.
+"""The papers' two learned optimizers, and one they compare with: functions from meta-parameters
+theta to an optimizer like any other.
 
 P1: Metz et al. 2019, arXiv 1810.10180. P2: Metz et al. 2020, arXiv 2009.11243. Inside, all tensors'
 parameters are one row, those of one shape side by side, so that one program serves them all. Arrays
@@ -350,7 +350,7 @@ class HierarchicalState(NamedTuple):
     context: jax.Array   # [18], all LSTMs to each
     train: jax.Array     # [5], of the training loss, see `observe`
     valid: jax.Array     # [5], of the validation loss
-    size: jax.Array      # running mean of the root of the mean over tensors of their mean g^2
+    size: jax.Array      # running mean of the root of (the mean over tensors of their mean g^2)
 
 
 @functools.cache

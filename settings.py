@@ -59,11 +59,11 @@ def flag(default, why):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Every field is a flag; its annotation is a type for argparse, or the choices. Where nothing
-    is said a recipe counts, then what is left out, then what suits an estimator."""
+    """Every field is a flag; its annotation is a type for argparse, or the choices. Flags that are
+    given come first, then the recipe, then what is left out, then what suits the estimator."""
     recipe: tuple(RECIPES) = flag("ours", "whose system: it sets all flags that you don't")
     without: some_of(ADDITIONS) = flag(
-        (), "additions to leave out, by name, or all, in the recipe's place; flags still count")
+        (), "additions to leave out, or all, in place of the recipe's list; other flags win")
     tasks: FAMILIES = flag(("mlp",), "families, joined by commas, or all")
     num_tasks: SOME = flag(0, "size of a fixed pool, Adam tuned on it (0: ever new)")
     few: number(float, 0, 1) = flag(0.0, "share of tasks with few examples to learn from")

@@ -12,7 +12,7 @@ from parts import (
     chance, choice, draw, first, log_uniform, masked, net_ranges, often_zero, size, uniform)
 
 TRAIN = 3072  # the first rows: to train on and to validate with
-ROWS = {"outer_valid": (3072, 512), "test": (3584, 512)}  # first, how many
+ROWS = {"outer_valid": (TRAIN, 512), "test": (TRAIN + 512, 512)}  # first, how many
 CLASSES, INPUTS, BATCH = 10, 256, 64  # at most
 COLUMNS = (  # what is shown of a standard normal number, mostly at mean 0 and variance 1 again
     lambda x: x,
@@ -45,8 +45,9 @@ class Numbers(NamedTuple):
 
 def numbers(pool):
     rng = np.random.default_rng(data.POOLS.index(pool))
-    normal = (rng.standard_normal((4096, n)) for n in (INPUTS, 4, CLASSES))
-    return Numbers(*map(jnp.float32, normal), jnp.float32(rng.uniform(size=4096)))
+    rows = TRAIN + 2 * 512
+    normal = (rng.standard_normal((rows, n)) for n in (INPUTS, 4, CLASSES))
+    return Numbers(*map(jnp.float32, normal), jnp.float32(rng.uniform(size=rows)))
 
 
 def columns(made, task, row):

@@ -29,8 +29,9 @@ class TaskFamily(NamedTuple):
     batch: Callable   # batch(task, key, split) -> batch; split, one of data.SPLITS, is static
     loss: Callable    # loss(task, params, batch) -> scalar
     measure: Callable = lambda task, params: jnp.zeros(0)  # on a whole test set, if there is one
-    shared: Callable = tuple  # shared() -> arrays too large to be written into programs, which are
-                              # given them by `evaluate.runs`: sample(key, *shared())
+    # shared() -> arrays too large to be written into programs; `evaluate.runs` hands them to those,
+    # and calls sample(key, *shared()):
+    shared: Callable = lambda: ()
 
 
 class Inner(NamedTuple):
@@ -68,7 +69,7 @@ def inner_step(family, optimizer, task, inner, key):
     return Inner(params, opt_state, inner.step + 1)
 
 
-FEW = {"train": 1.0, "inner_valid": 0.1}  # where examples can be few: letters for one to train on
+FEW = {"train": 1.0, "inner_valid": 0.1}  # splits that can be small; their sizes, relative
 FRACTION = log_uniform(0.005, 1.0)
 
 

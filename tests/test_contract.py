@@ -23,18 +23,15 @@ MIXED = dict(zip(SHAPES, ("bfloat16", "float16", "float32", "bfloat16", "float16
 each = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
-def typed(values, kind):
-    """Numbers of few bits, which all types hold exactly."""
-    return {k: jnp.asarray(np.round(8 * x) / 8, MIXED[k] if kind == "mixed" else kind)
-            for k, x in values.items()}
-
-
 def drawn(kind, steps=6):
+    """Parameters, gradients: numbers of few bits, which all types hold exactly."""
     rng = np.random.default_rng(0)
-    params, grads = ({k: rng.standard_normal((*more, *shape)) for k, shape in SHAPES.items()}
-                     for more in ((), (steps,)))
-    grads["again"][:, 1] = 0
-    return typed(params, kind), typed(grads, kind)
+    both = [{k: rng.standard_normal((*more, *shape)) for k, shape in SHAPES.items()}
+            for more in ((), (steps,))]
+    both[1]["again"][:, 1] = 0
+    types = MIXED if kind == "mixed" else dict.fromkeys(SHAPES, kind)
+    return [{k: jnp.asarray(np.round(8 * x) / 8, types[k]) for k, x in part.items()}
+            for part in both]
 
 
 def train(optimizer, params, state, grads):

@@ -29,6 +29,7 @@ import model
 import objective
 import tasks
 from settings import ESTIMATORS, Settings
+from test_model import adam
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--tasks", "function,mlp", "--optimizer", "per_parameter_mlp", "--horizon", 20,
@@ -198,13 +199,6 @@ def test_what_is_said_counts_then_the_recipe_then_what_is_left_out_then_what_sui
     assert wanted.items() <= vars(meta_train.parse(argparse.ArgumentParser())[0]).items()
 
 
-@pytest.mark.parametrize("wrong", ["--sigma 0", "--truncation 500"])
-def test_what_an_estimator_cannot_take_is_refused_before_adam_is_tuned(wrong, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["meta_train.py", "--recipe", "p2", *wrong.split()])
-    with pytest.raises(ValueError, match="sigma must|truncation"):
-        meta_train.parse(argparse.ArgumentParser())
-
-
 def test_a_run_can_begin_with_an_optimizer_that_is_there(toys, small, tmp_path):
     settings = dataclasses.replace(SETTINGS, begin=str(small / "theta.npz"))
     run = make_outer(settings)[0](random.key(5))
@@ -320,45 +314,40 @@ def test_a_folder_that_another_run_has_filled_meanwhile_is_left_alone(
 
 WRONG = {"meta_train": f"""--nonsense; --tasks mlp,chess; --tasks mlp,mlp; --tasks=; --caution 0;
     --optimizer adam; --recipe p3; --without adam; --estimator rtrl; --target test; --clip 0;
-    --seed {10 ** 20};
-    --outer-steps many; --outer-steps 0; --outer-steps {2 ** 31}; --minutes -1; --minutes nan;
-    --horizon 30 --truncation 30; --jitter 1; --shortest 0; --sigma -1;
-    --num-pairs 0; --estimator merged --num-pairs 1; --compare 3;
-    --decay-steps nan;
-    --out small; --out file; --out file/run; --out partial-small;
-    --out /proc/run; --resume nowhere; --resume empty;
-    --resume damaged; --resume foreign; --resume stranger; --resume=; --resume small --seed 4;
-    --resume less; --resume former; --learning-rate inf;
-    --resume small --estimator es; --resume small --out other;
-    --devices 0; --devices two; --wait 0; --wait inf; --processes 2; --process 0;
-    --coordinator here;
-    --coordinator here:80;
+    --seed {10 ** 20}; --outer-steps many; --outer-steps 0; --outer-steps {2 ** 31}; --minutes -1;
+    --minutes nan; --horizon 30 --truncation 30; --jitter 1; --shortest 0; --sigma -1;
+    --num-pairs 0; --estimator merged --num-pairs 1; --compare 3; --decay-steps nan; --out small;
+    --out file; --out file/run; --out partial-small; --out /proc/run; --resume nowhere;
+    --resume empty; --resume damaged; --resume foreign; --resume stranger; --resume=;
+    --resume small --seed 4; --resume less; --resume former; --learning-rate inf;
+    --resume small --estimator es; --resume small --out other; --devices 0; --devices two; --wait 0;
+    --wait inf; --processes 2; --process 0; --coordinator here; --coordinator here:80;
     --coordinator here:there --processes 2 --process 0; --coordinator here:80 --processes 2;
     --coordinator here:80 --processes 2 --process 2;
     --coordinator here:80 --processes 2 --process -1; --num-tasks {2 ** 31}; --num-tasks -1;
-    --num-pairs {2 ** 31 - 1}; --devices 1000000; --horizon 0; --horizon {2 ** 31};
-    --truncation 0; --b1 1; --outer-loss root; --save-seconds 0; --adjoint 0; --learning-rate -1;
-    --few 1.1; --few 1 --tasks function,table;
-    --begin missing.npz; --begin foreign.npz; --begin theta.npz""",
+    --num-pairs {2 ** 31 - 1}; --devices 1000000; --horizon 0; --horizon {2 ** 31}; --truncation 0;
+    --b1 1; --outer-loss root; --save-seconds 0; --adjoint 0; --learning-rate -1; --few 1.1;
+    --few 1 --tasks function,table; --begin missing.npz; --begin foreign.npz; --begin theta.npz;
+    --recipe p2 --sigma 0; --recipe p2 --truncation 500""",
          "evaluate": f"""missing.npz; foreign.npz; other.npz; --tasks 3; --tasks 0; --tasks many;
     theta.npz --horizon 30; --nonsense; --family chess; --seed {2 ** 31};
     theta.npz --data missing.npz; theta.npz --data other.npz; theta.npz --data file;
     theta.npz --json here --picture here; theta.npz --json {"x" * 300}/table.json;
     theta.npz --tasks {2 ** 31}; theta.npz --horizon 0; theta.npz --horizon {2 ** 31 + 4};
     theta.npz --net rnn; theta.npz --net conv; theta.npz theta.npz;
-    theta.npz --data other.npz --family mlp;
-    theta.npz --picture no/such/folder/picture.png;
+    theta.npz --data other.npz --family mlp; theta.npz --picture no/such/folder/picture.png;
     theta.npz --picture empty; theta.npz --json no/such/folder/table.json;
     theta.npz --json theta.npz""",
          "experiments": f"""nothing; landscape --seed x; landscape --theta theta.npz;
     landscape --out file/x; landscape --seed -1; landscape --seed {10 ** 20};
-    regularisation --theta missing.npz; wall-clock --theta foreign.npz;
-    own-data; landscape --data other.npz; own-data --data missing.npz; own-data --data other.npz"""}
+    regularisation --theta missing.npz; wall-clock --theta foreign.npz; own-data;
+    landscape --data other.npz; own-data --data missing.npz; own-data --data other.npz"""}
 
 
 @pytest.mark.parametrize("program", WRONG)
 def test_wrong_uses_end_in_one_sentence_and_write_nothing(
         program, small, toys, theta, tmp_path, monkeypatch, capsys):
+    """Nor into the cache: Adam is not yet tuned for --recipe p2."""
     Path("file").write_text("")
     Path("foreign.npz").write_bytes(b"PK not really")
     np.savez("other.npz", x=np.ones(2))
@@ -430,9 +419,11 @@ def test_batches_that_are_not_finite_leave_the_gradient_of_the_others():
         return unroll(theta, problem.reset(theta, key), True, None, key)[::2]
     found = jax.jit(jax.grad(slope, has_aux=True))
     theta = rates().init(random.key(0))
-    (broken, capped), (left_out, _) = (found(theta, x) for x in (jnp.nan, 0.0))
-    np.testing.assert_allclose(broken["log_lr"], left_out["log_lr"], rtol=1e-4)
-    assert 0 < capped < 10 and abs(left_out["log_lr"]) > 0.1
+    left_out, _ = found(theta, 0.0)
+    for value in (jnp.nan, jnp.inf, -jnp.inf):
+        broken, capped = found(theta, value)
+        np.testing.assert_allclose(broken["log_lr"], left_out["log_lr"], rtol=1e-4)
+        assert 0 < capped < 10 and abs(left_out["log_lr"]) > 0.1
 
 
 def test_what_goes_back_from_step_to_step_is_bounded():
@@ -476,16 +467,14 @@ def test_outer_steps_follow_adam_or_a_learned_optimizer_on_the_clipped_gradient(
     monkeypatch.setattr(estimators, name, telling)
     begin, steps = made(settings)
     flat = lambda of: np.array([of["log_lr"], of["log_scale"]], float)
-    run, losses, seen, m, v = begin(random.key(0)), [], [], 0, 0
+    run, losses, seen, gs = begin(random.key(0)), [], [], []
     x = flat(run.theta)
     for t in range(4):
         run, row = steps["function"](run, random.key(1))
         np.testing.assert_allclose(row["gradient"], np.linalg.norm(flat(row)), rtol=1e-5)
-        g = flat(row).clip(-0.1, 0.1)
-        m, v = b1 * m + (1 - b1) * g, 0.999 * v + 0.001 * g ** 2
-        adam = m / (1 - b1 ** (t + 1)) / np.sqrt(v / (1 - 0.999 ** (t + 1)))
+        gs.append(flat(row).clip(-0.1, 0.1))
         rate = settings.learning_rate * min((t + 1) / warmup, 1) / (1 + t / settings.decay_steps)
-        x = x - (g if mover else rate * adam)
+        x = x + (-gs[-1] if mover else adam(np.array(gs), None, rate, b1=b1))
         np.testing.assert_allclose(flat(run.theta), x, atol=2e-6)
         losses, seen = [*losses, row["loss"]], [*seen, x]
     counts = [0, 0, 0, 1] if averaging == "last" else [1, 2, 3, 4]
