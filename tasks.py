@@ -162,6 +162,12 @@ def mlp(pool="meta_train", max_depth=2, max_width=32, max_batch=64):
 
 
 @functools.cache
+def wide(pool="meta_train"):
+    """`mlp` with layers of up to 64 units."""
+    return mlp(pool, max_width=64)._replace(name="wide")
+
+
+@functools.cache
 def table(pool="meta_train"):
     """Fully connected nets on made-up tables of 32 to 2,700 rows, 4 to 256 columns.
 
@@ -467,5 +473,5 @@ def function_loss(task, params, batch):
     return task["scale"] * value + push
 
 
-FAMILIES = {f.__name__: f for f in (mlp, conv, autoencoder, rnn, function, table)}
-OF_EXAMPLES = {"mlp", "conv", "autoencoder", "rnn"}  # can have few, see `few_examples`
+FAMILIES = {f.__name__: f for f in (mlp, conv, autoencoder, rnn, function, table, wide)}
+OF_EXAMPLES = FAMILIES.keys() - {"function", "table"}  # can have few, see `few_examples`

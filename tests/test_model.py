@@ -469,7 +469,7 @@ def steps(path, horizon):
     ("pretrained_mlp", 400, 50), ("pretrained_mlp", 20, 10)])
 def test_a_shipped_optimizer_makes_the_steps_it_made(name, horizon, every):
     """steps.npz holds those of other programs, found by the function above with their model.py: of
-    commit 37cdf3d and, of pretrained.npz, e26b1ba."""
+    commit 37cdf3d and, of pretrained.npz, 2454899."""
     wanted = machine.read_npz(os.path.join(ROOT, "tests", "steps.npz"))[f"{name}_{horizon}"]
     close(steps(os.path.join(ROOT, f"{name}.npz"), horizon)[every::every], wanted, 1e-5)
 

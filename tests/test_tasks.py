@@ -94,6 +94,9 @@ def plain_mlp(task, p, batch):
     return nll(x @ p["out"] + p["out/b"], y)[real].mean()
 
 
+plain_wide = plain_mlp
+
+
 def plain_table(task, p, batch):
     x, y, target, real = batch
     for i in range(task["depth"]):
@@ -167,8 +170,8 @@ def plain_function(task, p, batch):
 
 
 @pytest.mark.parametrize("name, varied, values", [
-    ("mlp", "activation", 4), ("conv", "strides", 3), ("autoencoder", "output", 3),
-    ("rnn", "core", 3), ("function", "kind", 7), ("table", "regression", 2)])
+    ("mlp", "activation", 4), ("wide", "depth", 2), ("conv", "strides", 3), ("rnn", "core", 3),
+    ("autoencoder", "output", 3), ("function", "kind", 7), ("table", "regression", 2)])
 def test_the_loss_against_plain_numpy(name, varied, values):
     task, params, batch = drawn(name)
     shaken = {k: params[k] + 0.3 * ~mask for k, mask in padding(params).items() if k[-2:] == "/b"}
